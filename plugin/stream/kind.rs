@@ -79,9 +79,8 @@ impl Kind {
         }
         let mut first = [0; Self::PREFIX_BYTES];
         let mut input = Input::unbuffered(File::open(path)?);
-        match input.exact(&mut first, "the beginning") {
-            Err(Error::Read { source, .. }) => return Err(source),
-            Ok(()) | Err(_) => {}
+        if let Err(Error::Read { source, .. }) = input.exact(&mut first, "the beginning") {
+            return Err(source);
         }
         let seen = input.offset() as usize; // at most 64
         Ok(Kind::of(first.get(..seen).unwrap_or_default()))

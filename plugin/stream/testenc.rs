@@ -22,6 +22,13 @@ pub(crate) fn page(seed: u64) -> Page {
     page
 }
 
+/// X86_TSC_INFO: its last four bytes are reserved.
+fn tsc() -> [u8; 24] {
+    let mut body = [8; 24];
+    body[20..].fill(0);
+    body
+}
+
 /// Bytes of a stream under construction.
 #[derive(Clone, Default)]
 pub(crate) struct Enc(pub Vec<u8>);
@@ -92,7 +99,7 @@ impl Enc {
             body.resize(8 + length, fill);
             body
         };
-        self.record(0x08, &[8; 24])
+        self.record(0x08, &tsc())
             .record(0x07, &page(7)[..])
             .record(0x04, &vcpu(4, 5168))
             .record(0x05, &vcpu(5, 125))
@@ -111,7 +118,7 @@ impl Enc {
     pub fn hvm_state(self) -> Self {
         let mut params = vec![2, 0, 0, 0, 0, 0, 0, 0];
         params.extend([9; 32]);
-        self.record(0x08, &[8; 24])
+        self.record(0x08, &tsc())
             .record(0x09, &[9; 1001])
             .record(0x0a, &params)
     }

@@ -1,0 +1,250 @@
+//! The committed snapshots.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use super::error::Error;
+use super::files::{self, Lock};
+use super::manifest::{Manifest, MANIFEST_BYTES_MAX, MANIFEST_NAME};
+use super::name::{Name, SnapshotId};
+use super::reader::MemberReader;
+use super::store::{self, is_not_found, Store};
+use super::Result;
+
+/// Lists, finds and removes snapshots.
+#[derive(Clone, Debug)]
+pub struct Catalogue {
+    store: Store,
+}
+
+/// What [`Catalogue::list`] found.
+#[derive(Debug, Default)]
+pub struct Listing {
+    /// Complete snapshots, by VNE and then by age, oldest first: the manifest's
+    /// checksum is right and all files are there at their full length.
+    pub snapshots: Vec<Manifest>,
+    /// Everything else, for a warning.
+    pub damaged: Vec<Damaged>,
+}
+
+/// A directory among the snapshots that isn't a good one.
+#[derive(Debug)]
+pub struct Damaged {
+    /// Where it is.
+    pub path: PathBuf,
+    /// What is wrong with it.
+    pub error: Error,
+}
+
+impl Catalogue {
+    pub(super) fn new(store: Store) -> Self {
+        Catalogue { store }
+    }
+
+    /// All snapshots, or those of one VNE. One that is damaged or incomplete is
+    /// reported as that and never among the good ones. Contents of files aren't
+    /// read.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] if the store's directories can't be read.
+    pub fn list(&self, vne: Option<&Name>) -> Result<Listing> {
+        let mut listing = Listing::default();
+        let vnes = match vne {
+            Some(vne) => vec![vne.clone()],
+            None => self.vnes(&mut listing)?,
+        };
+        for vne in vnes {
+            self.list_vne(&vne, &mut listing)?;
+        }
+        Ok(listing)
+    }
+
+    /// The newest complete snapshot of a VNE.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoSnapshots`], [`Error::Io`].
+    pub fn newest(&self, vne: &Name) -> Result<Snapshot> {
+        let listing = self.list(Some(vne))?;
+        match listing.snapshots.last() {
+            Some(manifest) => self.get(vne, &manifest.id),
+            None => Err(Error::NoSnapshots { vne: vne.clone() }),
+        }
+    }
+
+    /// One snapshot, checked as by [`Catalogue::list`] and protected from
+    /// removal for as long as the result lives.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoSnapshot`]; [`Error::Damaged`], saying how; [`Error::Newer`];
+    /// [`Error::Io`].
+    pub fn get(&self, vne: &Name, id: &SnapshotId) -> Result<Snapshot> {
+        let lock = self.lock(vne, id, Lock::Shared)?;
+        let dir = self.store.snapshot_dir(vne, id);
+        let manifest = read_manifest(&dir, vne, id)?;
+        Ok(Snapshot {
+            manifest,
+            dir,
+            _lock: lock,
+        })
+    }
+
+    /// Deletes a snapshot, damaged or not. It leaves the catalogue in one step
+    /// before anything of it goes, so that a deletion that breaks off leaves
+    /// only garbage for [`Store::clean_tmp`].
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoSnapshot`]; [`Error::InUse`] while somebody has it open;
+    /// [`Error::Io`].
+    pub fn remove(&self, vne: &Name, id: &SnapshotId) -> Result<()> {
+        let _lock = self.lock(vne, id, Lock::Exclusive)?;
+        self.store.remove_snapshot(vne, id).map_err(|error| {
+            if is_not_found(&error) && !self.store.snapshot_dir(vne, id).exists() {
+                no_snapshot(vne, id) // somebody else was faster
+            } else {
+                error
+            }
+        })
+    }
+
+    fn lock(&self, vne: &Name, id: &SnapshotId, lock: Lock) -> Result<File> {
+        let path = self.store.snapshot_dir(vne, id);
+        match files::try_lock_dir(&path, lock) {
+            Ok(Some(file)) => Ok(file),
+            Ok(None) if lock == Lock::Shared => Err(no_snapshot(vne, id)), // being removed
+            Ok(None) => Err(Error::InUse { path }),
+            Err(error) if is_not_found(&error) => Err(no_snapshot(vne, id)),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The VNEs that have a directory, in order.
+    fn vnes(&self, listing: &mut Listing) -> Result<Vec<Name>> {
+        let mut vnes = Vec::new();
+        for (path, name) in entries(&self.store.snapshots())? {
+            match Name::new(&name) {
+                Ok(vne) => vnes.push(vne),
+                Err(error) => listing.damaged.push(Damaged { path, error }),
+            }
+        }
+        vnes.sort();
+        Ok(vnes)
+    }
+
+    fn list_vne(&self, vne: &Name, listing: &mut Listing) -> Result<()> {
+        let mut ids = Vec::new();
+        for (path, name) in entries(&self.store.vne_dir(vne))? {
+            match name.parse::<SnapshotId>() {
+                Ok(id) => ids.push((id, path)),
+                Err(error) => listing.damaged.push(Damaged { path, error }),
+            }
+        }
+        ids.sort();
+        for (id, path) in ids {
+            match read_manifest(&path, vne, &id) {
+                Ok(manifest) => listing.snapshots.push(manifest),
+                Err(_) if !path.exists() => {} // removed just now
+                Err(error) => listing.damaged.push(Damaged { path, error }),
+            }
+        }
+        Ok(())
+    }
+}
+
+fn no_snapshot(vne: &Name, id: &SnapshotId) -> Error {
+    Error::NoSnapshot {
+        vne: vne.clone(),
+        id: id.clone(),
+    }
+}
+
+/// Paths and names in a directory; none if it doesn't exist. A name that isn't
+/// text comes out with replacement characters, which no valid name has.
+fn entries(dir: &Path) -> Result<Vec<(PathBuf, String)>> {
+    let list = match std::fs::read_dir(dir) {
+        Ok(list) => list,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(Error::io("read", dir)(error)),
+    };
+    list.map(|entry| {
+        let entry = entry.map_err(Error::io("read", dir))?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        Ok((entry.path(), name))
+    })
+    .collect()
+}
+
+/// Reads the manifest in `dir`, checks that it belongs there and that its files
+/// are complete.
+fn read_manifest(dir: &Path, vne: &Name, id: &SnapshotId) -> Result<Manifest> {
+    let path = dir.join(MANIFEST_NAME);
+    let bytes = match files::read_file(&path, MANIFEST_BYTES_MAX) {
+        Err(error) if is_not_found(&error) => {
+            return Err(Error::damaged(dir, "it has no manifest"));
+        }
+        bytes => bytes?,
+    };
+    let manifest = Manifest::decode(&bytes, &path)?;
+    if manifest.vne != *vne || manifest.id != *id {
+        let problem = format!(
+            "it belongs to snapshot {} of VNE {}",
+            manifest.id, manifest.vne
+        );
+        return Err(Error::damaged(&path, problem));
+    }
+    store::check_files(dir, &manifest)?;
+    Ok(manifest)
+}
+
+/// A committed snapshot, open for reading. While it lives, nobody removes it.
+#[derive(Debug)]
+pub struct Snapshot {
+    manifest: Manifest,
+    dir: PathBuf,
+    _lock: File,
+}
+
+impl Snapshot {
+    /// What it says about itself.
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// Its directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Opens a member, checking all but the pages' contents.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoMember`], [`Error::Damaged`], [`Error::Io`].
+    pub fn member(&self, name: &Name) -> Result<MemberReader> {
+        let manifest = &self.manifest;
+        let member = manifest.members.iter().find(|member| member.name == *name);
+        match member {
+            Some(member) => MemberReader::open(&self.dir, member),
+            None => Err(Error::NoMember {
+                vne: manifest.vne.clone(),
+                id: manifest.id.clone(),
+                member: name.clone(),
+            }),
+        }
+    }
+
+    /// Reads everything and compares it with its hashes.
+    ///
+    /// # Errors
+    ///
+    /// The first [`Error::Damaged`], [`Error::DamagedPages`] or [`Error::Io`].
+    pub fn verify(&self) -> Result<()> {
+        for member in &self.manifest.members {
+            MemberReader::open(&self.dir, member)?.verify()?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,245 @@
+//! The `pages` file while it is written: slots of one page each.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use super::error::Error;
+use super::files;
+use super::index::{hash_page, PageHash};
+use super::Result;
+use crate::stream::{Page, PAGE_SIZE};
+
+/// Neighbouring slots that are written with one system call: 1 MiB.
+const STAGE_PAGES: usize = 256;
+
+/// Slots on disk, with the hash of each and a list of unused ones.
+///
+/// Writes to neighbouring slots are staged and go out together, so a first
+/// round, which comes in order, costs one system call per MiB.
+#[derive(Debug)]
+pub(crate) struct SlotFile {
+    file: File,
+    path: PathBuf,
+    hashes: Vec<PageHash>,
+    free: Vec<u32>,
+    stage: Vec<u8>,
+    /// The slot that the stage begins at.
+    stage_first: usize,
+}
+
+impl SlotFile {
+    /// A new, empty file.
+    pub(crate) fn create(path: &Path) -> Result<Self> {
+        Ok(Self::over(files::create_file(path)?, path))
+    }
+
+    /// Slots in `file`, which is empty; `path` is for errors.
+    pub(crate) fn over(file: File, path: &Path) -> Self {
+        SlotFile {
+            file,
+            path: path.to_owned(),
+            hashes: Vec::new(),
+            free: Vec::new(),
+            stage: Vec::with_capacity(STAGE_PAGES * PAGE_SIZE),
+            stage_first: 0,
+        }
+    }
+
+    /// A slot that nobody uses. `None` when 2^32 are in use, which the bound on
+    /// frame numbers rules out.
+    pub(crate) fn allocate(&mut self) -> Option<u32> {
+        if let Some(slot) = self.free.pop() {
+            return Some(slot);
+        }
+        let slot = u32::try_from(self.hashes.len()).ok()?;
+        self.hashes.push(PageHash::default());
+        Some(slot)
+    }
+
+    /// The slot may be used for another page.
+    pub(crate) fn release(&mut self, slot: u32) {
+        self.free.push(slot);
+    }
+
+    /// Whether a page is what the slot was given.
+    pub(crate) fn holds(&self, slot: u32, page: &Page) -> bool {
+        self.hashes.get(slot as usize) == Some(&hash_page(page))
+    }
+
+    /// Puts a page into an allocated slot.
+    pub(crate) fn write(&mut self, slot: u32, page: &Page) -> Result<()> {
+        if let Some(hash) = self.hashes.get_mut(slot as usize) {
+            *hash = hash_page(page);
+        }
+        let slot = slot as usize;
+        let staged = self.stage.len() / PAGE_SIZE;
+        let place = slot.checked_sub(self.stage_first);
+        match place.filter(|&place| place < staged) {
+            Some(place) => {
+                let at = place * PAGE_SIZE;
+                if let Some(staged) = self.stage.get_mut(at..at + PAGE_SIZE) {
+                    staged.copy_from_slice(page);
+                }
+                return Ok(());
+            }
+            None if place != Some(staged) || staged >= STAGE_PAGES => {
+                self.flush()?;
+                self.stage_first = slot;
+            }
+            None => {}
+        }
+        self.stage.extend_from_slice(page);
+        Ok(())
+    }
+
+    /// Writes out what is staged.
+    pub(crate) fn flush(&mut self) -> Result<()> {
+        if self.stage.is_empty() {
+            return Ok(());
+        }
+        let result = self
+            .file
+            .write_all_at(&self.stage, offset(self.stage_first));
+        self.stage.clear();
+        result.map_err(Error::io("write", &self.path))
+    }
+
+    /// Prepares to drop all unused slots: which used ones, beyond the length
+    /// that will remain, move into which unused ones. `moved` is told, as (from,
+    /// to), and answers by noting it.
+    pub(crate) fn compact(&mut self, used: &[u32], mut moved: impl FnMut(u32, u32)) -> Result<()> {
+        self.flush()?;
+        let remaining = self.hashes.len().saturating_sub(self.free.len());
+        let mut holes = std::mem::take(&mut self.free);
+        holes.retain(|&slot| (slot as usize) < remaining);
+        for &from in used.iter().filter(|&&slot| slot as usize >= remaining) {
+            let Some(to) = holes.pop() else {
+                let problem = "the count of its free slots is wrong";
+                return Err(Error::damaged(&self.path, problem));
+            };
+            let mut page = [0; PAGE_SIZE];
+            self.file
+                .read_exact_at(&mut page, offset(from as usize))
+                .map_err(Error::io("read", &self.path))?;
+            if !self.holds(from, &page) {
+                let problem = format!("slot {from} did not keep what was written");
+                return Err(Error::damaged(&self.path, problem));
+            }
+            self.write(to, &page)?;
+            moved(from, to);
+        }
+        self.flush()?;
+        self.hashes.truncate(remaining);
+        self.file
+            .set_len(offset(remaining))
+            .map_err(Error::io("shorten", &self.path))
+    }
+
+    /// Makes the file last; returns its length in bytes and the slots' hashes.
+    pub(crate) fn finish(mut self) -> Result<(u64, Vec<PageHash>)> {
+        self.flush()?;
+        self.file
+            .sync_all()
+            .map_err(Error::io("sync", &self.path))?;
+        Ok((offset(self.hashes.len()), self.hashes))
+    }
+}
+
+/// Where a slot begins in the file. Slots are below 2^32.
+pub(crate) fn offset(slot: usize) -> u64 {
+    slot as u64 * PAGE_SIZE as u64
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn page(fill: u8) -> Page {
+        [fill; PAGE_SIZE]
+    }
+
+    fn bytes_of(path: &Path) -> Vec<u8> {
+        let bytes = std::fs::read(path).unwrap();
+        bytes.chunks(PAGE_SIZE).map(|page| page[17]).collect()
+    }
+
+    #[test]
+    fn a_page_written_twice_while_staged_keeps_its_last_version() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pages");
+        let mut slots = SlotFile::create(&path).unwrap();
+        for fill in 0..4 {
+            let slot = slots.allocate().unwrap();
+            slots.write(slot, &page(fill)).unwrap();
+        }
+        slots.write(1, &page(11)).unwrap();
+        slots.write(3, &page(13)).unwrap();
+        slots.write(0, &page(10)).unwrap();
+        let (length, hashes) = slots.finish().unwrap();
+        assert_eq!(length, 4 * PAGE_SIZE as u64);
+        assert_eq!(bytes_of(&path), [10, 11, 2, 13]);
+        assert_eq!(hashes[2], hash_page(&page(2)));
+        assert_eq!(hashes[3], hash_page(&page(13)));
+    }
+
+    #[test]
+    fn stages_of_any_order_and_size_reach_the_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pages");
+        let mut slots = SlotFile::create(&path).unwrap();
+        let count = 2 * STAGE_PAGES + 3;
+        for _ in 0..count {
+            slots.allocate().unwrap();
+        }
+        for slot in (0..count).filter(|slot| slot % 7 == 0) {
+            slots.write(slot as u32, &page(1)).unwrap();
+        }
+        for slot in 0..count {
+            slots.write(slot as u32, &page((slot % 251) as u8)).unwrap();
+        }
+        slots.finish().unwrap();
+        let expected: Vec<u8> = (0..count).map(|slot| (slot % 251) as u8).collect();
+        assert_eq!(bytes_of(&path), expected);
+    }
+
+    #[test]
+    fn unused_slots_leave_no_bytes_in_the_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pages");
+        let mut slots = SlotFile::create(&path).unwrap();
+        for fill in 0..8 {
+            let slot = slots.allocate().unwrap();
+            slots.write(slot, &page(fill)).unwrap();
+        }
+        for slot in [7, 1, 4, 2] {
+            slots.release(slot);
+        }
+        let mut moves = Vec::new();
+        slots
+            .compact(&[0, 3, 5, 6], |from, to| moves.push((from, to)))
+            .unwrap();
+        let (length, hashes) = slots.finish().unwrap();
+        assert_eq!(length, 4 * PAGE_SIZE as u64);
+        assert_eq!(moves.len(), 2);
+        let stored = bytes_of(&path);
+        assert_eq!((stored[0], stored[3]), (0, 3));
+        for (from, to) in moves {
+            assert!(from >= 4 && to < 4);
+            assert_eq!(stored[to as usize], from as u8);
+            assert_eq!(hashes[to as usize], hash_page(&page(from as u8)));
+        }
+    }
+
+    #[test]
+    fn a_full_disk_is_an_error() {
+        let path = Path::new("/dev/full");
+        let file = std::fs::OpenOptions::new().write(true).open(path).unwrap();
+        let mut slots = SlotFile::over(file, path);
+        let slot = slots.allocate().unwrap();
+        slots.write(slot, &page(1)).unwrap();
+        let error = slots.flush().unwrap_err();
+        assert!(error.is_out_of_space(), "{error}");
+    }
+}

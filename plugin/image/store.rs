@@ -1,0 +1,385 @@
+//! The store's directories, and snapshots in the making.
+
+use std::fs::File;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use rustix::fs::statvfs;
+
+use super::catalogue::Catalogue;
+use super::error::Error;
+use super::files::{self, Lock};
+use super::manifest::{Cut, Manifest, Member, FORMAT, MANIFEST_NAME};
+use super::name::{rfc3339, Name, SnapshotId};
+use super::Result;
+use crate::stream::CONFIG_BYTES_MAX;
+
+/// Where snapshots are kept unless the admin says otherwise.
+pub const DEFAULT_ROOT: &str = "/var/lib/xen-vne";
+
+pub(crate) const CONFIG_NAME: &str = "config.json";
+pub(crate) const RECORDS_NAME: &str = "records";
+pub(crate) const INDEX_NAME: &str = "index";
+pub(crate) const PAGES_NAME: &str = "pages";
+const MEMBERS_NAME: &str = "members";
+const TMP_NAME: &str = "tmp";
+const SNAPSHOTS_NAME: &str = "snapshots";
+/// Snapshots in the making.
+const TAKE_PREFIX: &str = "take.";
+/// Snapshots being deleted.
+const REMOVED_PREFIX: &str = "removed.";
+
+/// Snapshots of one VNE that begin in the same second, at most.
+const SAME_SECOND_MAX: u32 = 1000;
+
+/// A member's directory in that of a snapshot.
+pub(crate) fn member_dir(snapshot: &Path, name: &Name) -> PathBuf {
+    snapshot.join(MEMBERS_NAME).join(name.as_str())
+}
+
+/// Checks a domain's configuration; `Err` says what is wrong with it.
+pub(crate) fn check_config(json: &str) -> std::result::Result<(), String> {
+    if json.len() > CONFIG_BYTES_MAX {
+        return Err(format!("it is longer than {CONFIG_BYTES_MAX} bytes"));
+    }
+    serde_json::from_str::<serde::de::IgnoredAny>(json)
+        .map(|_| ())
+        .map_err(|error| format!("it is no JSON: {error}"))
+}
+
+/// Bytes that a program may still write to the file system of `path`.
+///
+/// # Errors
+///
+/// [`Error::Io`] if `path` doesn't exist.
+pub fn free_bytes(path: &Path) -> Result<u64> {
+    let space = statvfs(path).map_err(|errno| Error::io("look at", path)(errno.into()))?;
+    Ok(space.f_bavail.saturating_mul(space.f_frsize))
+}
+
+/// A store of snapshots.
+#[derive(Clone, Debug)]
+pub struct Store {
+    root: PathBuf,
+}
+
+/// What [`Store::clean_tmp`] did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Cleaned {
+    /// Directories removed: takes and deletions whose process died.
+    pub removed: u32,
+    /// Directories left alone because their process lives.
+    pub live: u32,
+}
+
+impl Store {
+    /// Opens the store at `root`, making what is missing.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::BadRoot`] if the directory is another user's, or writable by
+    /// others: they could exchange guests' memory. [`Error::Io`].
+    pub fn open(root: &Path) -> Result<Self> {
+        files::ensure_dir(root)?;
+        let root = std::fs::canonicalize(root).map_err(Error::io("find", root))?;
+        check_root(&root)?;
+        for name in [TMP_NAME, SNAPSHOTS_NAME] {
+            files::ensure_dir(&root.join(name))?;
+        }
+        Ok(Store { root })
+    }
+
+    /// The store's directory.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// [`free_bytes`] of the store.
+    pub fn free_bytes(&self) -> Result<u64> {
+        free_bytes(&self.root)
+    }
+
+    /// The committed snapshots.
+    pub fn catalogue(&self) -> Catalogue {
+        Catalogue::new(self.clone())
+    }
+
+    /// Begins a snapshot of `vne`, named after the present time.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`].
+    pub fn begin(&self, vne: &Name) -> Result<Take> {
+        self.begin_at(vne, SystemTime::now())
+    }
+
+    pub(super) fn begin_at(&self, vne: &Name, time: SystemTime) -> Result<Take> {
+        // Nobody else makes or judges entries of tmp/ while this is held.
+        let _tmp = files::lock_dir_wait(&self.tmp())?;
+        let (id, dir) = (1..=SAME_SECOND_MAX)
+            .map(|nth| SnapshotId::at(time, nth))
+            .map(|id| (self.take_dir(vne, &id), id))
+            // First tmp, then snapshots: a commit moves the other way.
+            .find(|(dir, id)| !dir.exists() && !self.snapshot_dir(vne, id).exists())
+            .map(|(dir, id)| (id, dir))
+            .ok_or_else(|| {
+                let problem = "too many snapshots were begun in this second";
+                Error::unstorable(format!("a snapshot of VNE {vne}"), problem)
+            })?;
+        files::make_dir(&dir)?;
+        let lock = files::try_lock_dir(&dir, Lock::Shared)?;
+        let lock = lock.ok_or_else(|| Error::InUse { path: dir.clone() })?;
+        let take = Take {
+            store: self.clone(),
+            vne: vne.clone(),
+            id,
+            created: rfc3339(time),
+            dir,
+            _lock: lock,
+            committed: false,
+        };
+        files::make_dir(&take.dir.join(MEMBERS_NAME))?;
+        Ok(take)
+    }
+
+    /// Removes what takes and deletions left behind whose processes died. What
+    /// belongs to a living process stays, and so does anything in `tmp/` that
+    /// isn't this program's.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`].
+    pub fn clean_tmp(&self) -> Result<Cleaned> {
+        let mut cleaned = Cleaned::default();
+        for (path, _lock) in self.lock_garbage(&mut cleaned)? {
+            remove_tree(&path)?;
+            cleaned.removed += 1;
+        }
+        Ok(cleaned)
+    }
+
+    /// Finds and locks the garbage in `tmp/`; nobody else will touch it then.
+    fn lock_garbage(&self, cleaned: &mut Cleaned) -> Result<Vec<(PathBuf, File)>> {
+        let tmp = self.tmp();
+        let _tmp = files::lock_dir_wait(&tmp)?;
+        let mut garbage = Vec::new();
+        for entry in std::fs::read_dir(&tmp).map_err(Error::io("read", &tmp))? {
+            let entry = entry.map_err(Error::io("read", &tmp))?;
+            let name = entry.file_name();
+            let ours = name.to_str().is_some_and(|name| {
+                name.starts_with(TAKE_PREFIX) || name.starts_with(REMOVED_PREFIX)
+            });
+            if !ours || !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                continue;
+            }
+            let path = entry.path();
+            match files::try_lock_dir(&path, Lock::Exclusive) {
+                Ok(Some(lock)) => garbage.push((path, lock)),
+                Ok(None) => cleaned.live += 1,
+                // Its owner finished with it just now.
+                Err(error) if is_not_found(&error) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(garbage)
+    }
+
+    pub(super) fn snapshots(&self) -> PathBuf {
+        self.root.join(SNAPSHOTS_NAME)
+    }
+
+    pub(super) fn vne_dir(&self, vne: &Name) -> PathBuf {
+        self.snapshots().join(vne.as_str())
+    }
+
+    pub(super) fn snapshot_dir(&self, vne: &Name, id: &SnapshotId) -> PathBuf {
+        self.vne_dir(vne).join(id.to_string())
+    }
+
+    fn tmp(&self) -> PathBuf {
+        self.root.join(TMP_NAME)
+    }
+
+    fn take_dir(&self, vne: &Name, id: &SnapshotId) -> PathBuf {
+        self.tmp().join(format!("{TAKE_PREFIX}{vne}.{id}"))
+    }
+
+    /// Deletes a committed snapshot that the caller has locked exclusively. It
+    /// is out of the catalogue before its first file goes.
+    pub(super) fn remove_snapshot(&self, vne: &Name, id: &SnapshotId) -> Result<()> {
+        let from = self.snapshot_dir(vne, id);
+        let pid = std::process::id();
+        let to = self.tmp().join(format!("{REMOVED_PREFIX}{vne}.{id}.{pid}"));
+        rename_dir(&from, &to)?;
+        files::sync_dir(&self.vne_dir(vne))?;
+        files::sync_dir(&self.tmp())?;
+        remove_tree(&to)
+    }
+}
+
+fn check_root(root: &Path) -> Result<()> {
+    let bad = |problem: String| Error::BadRoot {
+        path: root.to_owned(),
+        problem,
+    };
+    let facts = std::fs::metadata(root).map_err(Error::io("look at", root))?;
+    let me = rustix::process::geteuid().as_raw();
+    if facts.uid() != me && facts.uid() != 0 {
+        return Err(bad(format!("it belongs to user {}", facts.uid())));
+    }
+    let mode = facts.permissions().mode();
+    if mode & 0o022 != 0 {
+        return Err(bad(format!(
+            "others may write to it (mode {:o})",
+            mode & 0o7777
+        )));
+    }
+    Ok(())
+}
+
+/// A snapshot in the making. Dropped without [`Take::commit`], it goes away.
+#[derive(Debug)]
+pub struct Take {
+    store: Store,
+    vne: Name,
+    id: SnapshotId,
+    created: String,
+    dir: PathBuf,
+    /// Keeps [`Store::clean_tmp`] away.
+    _lock: File,
+    committed: bool,
+}
+
+impl Take {
+    /// What the snapshot is going to be called.
+    pub fn id(&self) -> &SnapshotId {
+        &self.id
+    }
+
+    /// The directory that [`super::MemberWriter::create`] wants, also in other
+    /// processes.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// A manifest with what the store knows filled in, and the rest empty.
+    pub fn manifest(&self) -> Manifest {
+        Manifest {
+            format: FORMAT,
+            vne: self.vne.clone(),
+            id: self.id.clone(),
+            created: self.created.clone(),
+            tool_version: String::new(),
+            xen_version: String::new(),
+            host: String::new(),
+            label: None,
+            cut: Cut::default(),
+            members: Vec::new(),
+        }
+    }
+
+    /// Makes the snapshot exist: checks that all members' files are there,
+    /// writes `manifest` as the last one, makes everything last, and moves the
+    /// directory among the committed ones in a single step.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Unstorable`] if the manifest isn't this take's or doesn't fit
+    /// what is there; [`Error::Io`]. The snapshot doesn't exist then.
+    pub fn commit(mut self, manifest: &Manifest) -> Result<()> {
+        self.check(manifest)?;
+        let bytes = manifest.encode()?;
+        files::sync_dir(&self.dir.join(MEMBERS_NAME))?;
+        files::write_file(&self.dir.join(MANIFEST_NAME), MANIFEST_NAME, &bytes)?;
+        files::sync_dir(&self.dir)?;
+        let vne_dir = self.store.vne_dir(&self.vne);
+        files::ensure_dir(&vne_dir)?;
+        files::sync_dir(&self.store.snapshots())?;
+        let place = self.store.snapshot_dir(&self.vne, &self.id);
+        rename_dir(&self.dir, &place)?;
+        let lasting = files::sync_dir(&vne_dir).and_then(|()| files::sync_dir(&self.store.tmp()));
+        if lasting.is_err() {
+            // Told to have failed, it should not be there either.
+            return rename_dir(&place, &self.dir).and(lasting);
+        }
+        self.committed = true;
+        Ok(())
+    }
+
+    fn check(&self, manifest: &Manifest) -> Result<()> {
+        let wrong = |problem: String| Error::unstorable("the manifest", problem);
+        if manifest.format != FORMAT || manifest.vne != self.vne || manifest.id != self.id {
+            return Err(wrong("it is another snapshot's".to_owned()));
+        }
+        if manifest.members.is_empty() {
+            return Err(wrong("it has no members".to_owned()));
+        }
+        let mut names: Vec<_> = manifest.members.iter().map(|member| &member.name).collect();
+        names.sort();
+        if names.windows(2).any(|pair| pair.first() == pair.last()) {
+            return Err(wrong("it has the same member twice".to_owned()));
+        }
+        check_files(&self.dir, manifest)
+    }
+}
+
+impl Drop for Take {
+    fn drop(&mut self) {
+        if !self.committed {
+            // What can't be removed now, clean_tmp will find.
+            let _ = remove_tree(&self.dir);
+        }
+    }
+}
+
+/// Whether all files that the manifest names are there, at their lengths.
+pub(super) fn check_files(snapshot: &Path, manifest: &Manifest) -> Result<()> {
+    for member in &manifest.members {
+        check_member_files(&member_dir(snapshot, &member.name), member)?;
+    }
+    Ok(())
+}
+
+fn check_member_files(dir: &Path, member: &Member) -> Result<()> {
+    for name in [CONFIG_NAME, RECORDS_NAME, INDEX_NAME, PAGES_NAME] {
+        let path = dir.join(name);
+        let facts = member.image.files.iter().find(|file| file.name == name);
+        let Some(facts) = facts else {
+            return Err(Error::damaged(&path, "the manifest doesn't name it"));
+        };
+        let length = match std::fs::symlink_metadata(&path) {
+            Ok(found) if found.is_file() => found.len(),
+            Ok(_) => return Err(Error::damaged(&path, "it is no file")),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                return Err(Error::damaged(&path, "it is missing"));
+            }
+            Err(error) => return Err(Error::io("look at", &path)(error)),
+        };
+        if length != facts.length {
+            let problem = format!("it has {length} bytes instead of {}", facts.length);
+            return Err(Error::damaged(&path, problem));
+        }
+    }
+    Ok(())
+}
+
+/// Moves a directory. It can't replace anything: onto a directory with something
+/// in it the system call fails, whatever the file system supports.
+fn rename_dir(from: &Path, to: &Path) -> Result<()> {
+    std::fs::rename(from, to).map_err(Error::io("rename", from))
+}
+
+/// Removes a directory and what is in it; that it's gone already is fine.
+fn remove_tree(path: &Path) -> Result<()> {
+    match std::fs::remove_dir_all(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(Error::io("remove", path)(error))
+        }
+        _ => Ok(()),
+    }
+}
+
+pub(super) fn is_not_found(error: &Error) -> bool {
+    matches!(error, Error::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound)
+}

@@ -1,0 +1,778 @@
+//! The store as a whole, fed by the streams' test encoder.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
+
+use std::fs::{self, OpenOptions};
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use super::manifest::tests::sample_member;
+use super::slots::SlotFile;
+use super::*;
+use crate::stream::testenc::{self, page, Entry};
+use crate::stream::{Ingest, IngestError, Kind, Page, PageType, Sink, PAGE_SIZE};
+
+const CONFIG: &str = r#"{"c_info": {"name": "web-1"}}"#;
+
+fn name(text: &str) -> Name {
+    Name::new(text).unwrap()
+}
+
+/// 2026-11-21T02:36:52Z.
+fn noon() -> SystemTime {
+    UNIX_EPOCH + Duration::from_secs(1_795_228_612)
+}
+
+struct Lab {
+    dir: tempfile::TempDir,
+    store: Store,
+}
+
+impl Lab {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(&dir.path().join("store")).unwrap();
+        Lab { dir, store }
+    }
+
+    /// A committed snapshot of VNE "lab" with member "web-1" from `stream`.
+    fn snapshot(&self, stream: &[u8]) -> Snapshot {
+        let take = self.store.begin_at(&name("lab"), noon()).unwrap();
+        let id = take.id().clone();
+        let writer = MemberWriter::create(take.dir(), &name("web-1"), &WriterOptions::default());
+        self.commit(take, writer.unwrap(), stream);
+        self.store.catalogue().get(&name("lab"), &id).unwrap()
+    }
+
+    fn commit(&self, take: Take, mut writer: MemberWriter, stream: &[u8]) -> MemberStats {
+        Ingest::new(stream).run(&mut writer).unwrap();
+        let image = writer.finish(CONFIG).unwrap();
+        let stats = image.stats;
+        let mut manifest = take.manifest();
+        let mut member = sample_member("web-1");
+        member.image = image;
+        manifest.members.push(member);
+        take.commit(&manifest).unwrap();
+        stats
+    }
+
+    fn tmp(&self) -> PathBuf {
+        self.store.root().join("tmp")
+    }
+
+    fn tmp_count(&self) -> usize {
+        fs::read_dir(self.tmp()).unwrap().count()
+    }
+}
+
+fn stream_of(snapshot: &Snapshot) -> Result<Vec<u8>> {
+    let mut out = Vec::new();
+    snapshot.member(&name("web-1"))?.write_stream(&mut out)?;
+    Ok(out)
+}
+
+/// The PV sample as one round of last versions.
+fn pv_once() -> Vec<u8> {
+    testenc::pv_stream(1030, &[testenc::last_versions(&testenc::pv_rounds())])
+}
+
+fn pv_live() -> Vec<u8> {
+    testenc::pv_stream(1030, &testenc::pv_rounds())
+}
+
+#[test]
+fn a_restored_stream_has_the_last_version_of_each_page_and_every_record() {
+    let rounds = testenc::pv_rounds();
+    let once = [testenc::last_versions(&rounds)];
+    // The second and third have no page tables, so the same pages will do.
+    let plain = |rounds: &[Vec<Entry>]| -> Vec<Vec<Entry>> {
+        let plain = |&(pfn, bits, data): &Entry| (pfn, if bits < 0xd { 0 } else { bits }, data);
+        rounds
+            .iter()
+            .map(|r| r.iter().map(plain).collect())
+            .collect()
+    };
+    for (live, expected) in [
+        (pv_live(), pv_once()),
+        (
+            testenc::pvh_stream(&plain(&rounds)),
+            testenc::pvh_stream(&plain(&once)),
+        ),
+        (
+            testenc::hvm_stream(&plain(&rounds)),
+            testenc::hvm_stream(&plain(&once)),
+        ),
+    ] {
+        let lab = Lab::new();
+        let snapshot = lab.snapshot(&live);
+        assert!(stream_of(&snapshot).unwrap() == expected);
+        snapshot.verify().unwrap();
+    }
+}
+
+/// Calls `at_byte` when that many bytes have been read.
+struct Tripwire<'a, F: FnMut()>(&'a [u8], usize, F);
+
+impl<F: FnMut()> std::io::Read for Tripwire<'_, F> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        if self.1 == 0 {
+            (self.2)();
+        }
+        let length = match self.1 {
+            0 => buffer.len(),
+            left => buffer.len().min(left),
+        };
+        let count = std::io::Read::read(&mut self.0, &mut buffer[..length])?;
+        self.1 = self.1.saturating_sub(count);
+        Ok(count)
+    }
+}
+
+#[test]
+fn the_moment_of_the_switch_and_the_bound_on_memory_change_nothing() {
+    let live = pv_live();
+    for held_bytes_max in [0, PAGE_SIZE, 3 * PAGE_SIZE, 1 << 20] {
+        for trip in (1..live.len()).step_by(1500) {
+            let lab = Lab::new();
+            let take = lab.store.begin(&name("lab")).unwrap();
+            let options = WriterOptions { held_bytes_max };
+            let mut writer = MemberWriter::create(take.dir(), &name("web-1"), &options).unwrap();
+            let handle = writer.handle();
+            let source = Tripwire(&live, trip, || handle.enter_final());
+            Ingest::new(source).run(&mut writer).unwrap();
+            let image = writer.finish(CONFIG).unwrap();
+            assert!(image.stats.pages_held_peak <= (held_bytes_max / PAGE_SIZE) as u64);
+            assert_eq!(image.stats.pages_received, 16);
+            assert_eq!((image.stats.pages_unique, image.stats.pages_zero), (9, 0));
+            assert_eq!(image.stats.pages_stored, 7);
+            let mut manifest = take.manifest();
+            let mut member = sample_member("web-1");
+            member.image = image;
+            manifest.members.push(member);
+            take.commit(&manifest).unwrap();
+            let snapshot = lab.store.catalogue().newest(&name("lab")).unwrap();
+            assert!(
+                stream_of(&snapshot).unwrap() == pv_once(),
+                "{held_bytes_max} {trip}"
+            );
+        }
+    }
+}
+
+#[test]
+fn pages_of_a_random_guest_survive_any_mix_of_changes() {
+    let mut x = 88_172_645_463_325_252_u64;
+    let mut random = move |below: u64| {
+        x ^= x << 13;
+        x ^= x >> 7;
+        x ^= x << 17;
+        x % below
+    };
+    for round in 0..12 {
+        let mut rounds: Vec<Vec<Entry>> = Vec::new();
+        for _ in 0..20 {
+            let entries = (0..random(200) + 1).map(|_| {
+                let pfn = random(3000);
+                match random(6) {
+                    0 => (pfn, 0, Some([0; PAGE_SIZE])),
+                    1 => (pfn, 0xf, None),
+                    _ => (pfn, 0, Some(page(random(u64::MAX)))),
+                }
+            });
+            rounds.push(entries.collect());
+        }
+        let last = testenc::last_versions(&rounds);
+        let live = testenc::pvh_stream(&rounds);
+        let batches: Vec<Vec<Entry>> = last.chunks(1024).map(<[Entry]>::to_vec).collect();
+        let lab = Lab::new();
+        let take = lab.store.begin(&name("lab")).unwrap();
+        let options = WriterOptions {
+            held_bytes_max: 100 * PAGE_SIZE,
+        };
+        let writer = MemberWriter::create(take.dir(), &name("web-1"), &options).unwrap();
+        if round % 2 == 0 {
+            writer.handle().enter_final();
+        }
+        let stats = lab.commit(take, writer, &live);
+        assert_eq!(stats.pages_unique, last.len() as u64);
+        assert_eq!(stats.pages_spilled > 0, round % 2 == 0);
+        let snapshot = lab.store.catalogue().newest(&name("lab")).unwrap();
+        assert!(stream_of(&snapshot).unwrap() == testenc::pvh_stream(&batches));
+        let pages = snapshot.dir().join("members/web-1/pages");
+        let length = fs::metadata(pages).unwrap().len();
+        assert_eq!(length, stats.pages_stored * PAGE_SIZE as u64);
+    }
+}
+
+#[test]
+fn a_suspended_guest_does_not_wait_for_a_full_disk() {
+    let lab = Lab::new();
+    let take = lab.store.begin(&name("lab")).unwrap();
+    let rounds: Vec<Vec<Entry>> = (0..600)
+        .map(|pfn| vec![(pfn, 0, Some(page(pfn)))])
+        .collect();
+    let stream = testenc::pvh_stream(&rounds);
+    let on_full_disk = |member: &str| {
+        let member = name(member);
+        let dir = store::member_dir(take.dir(), &member);
+        let options = WriterOptions::default();
+        MemberWriter::create_over(take.dir(), dir, &member, &options, |_| {
+            let path = Path::new("/dev/full");
+            let file = OpenOptions::new().write(true).open(path).unwrap();
+            Ok(SlotFile::over(file, path))
+        })
+        .unwrap()
+    };
+    let mut running = on_full_disk("running");
+    match Ingest::new(&stream[..]).run(&mut running) {
+        Err(IngestError::Sink(error)) => assert!(error.is_out_of_space(), "{error}"),
+        other => panic!("{other:?}"),
+    }
+    let mut suspended = on_full_disk("suspended");
+    suspended.handle().enter_final();
+    Ingest::new(&stream[..]).run(&mut suspended).unwrap();
+    assert_eq!(suspended.handle().pages_final(), 600);
+    assert_eq!(suspended.handle().pages_spilled(), 0);
+    let error = suspended.finish(CONFIG).unwrap_err();
+    assert!(error.is_out_of_space(), "{error}");
+}
+
+/// Runs `limited_child` below in a process whose files may have 64 KiB.
+#[test]
+fn a_file_size_limit_is_a_clean_error_and_leaves_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let script = "trap '' XFSZ; ulimit -f 64; exec \"$0\" \"$@\"";
+    let status = std::process::Command::new("bash")
+        .args(["-c", script])
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", "--ignored", "--test-threads=1"])
+        .arg("image::tests::limited_child")
+        .env("VNE_TEST_ROOT", dir.path().join("store"))
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&status.stdout);
+    assert!(text.contains("1 passed"), "{text}");
+    let store = Store::open(&dir.path().join("store")).unwrap();
+    assert!(store.catalogue().list(None).unwrap().snapshots.is_empty());
+    assert_eq!(store.clean_tmp().unwrap(), Cleaned::default());
+}
+
+#[test]
+#[ignore = "run by a_file_size_limit_is_a_clean_error_and_leaves_nothing"]
+fn limited_child() {
+    let Ok(root) = std::env::var("VNE_TEST_ROOT") else {
+        return;
+    };
+    let store = Store::open(Path::new(&root)).unwrap();
+    let take = store.begin(&name("lab")).unwrap();
+    let rounds = vec![(0..100).map(|pfn| (pfn, 0, Some(page(pfn)))).collect()];
+    let options = WriterOptions::default();
+    let mut writer = MemberWriter::create(take.dir(), &name("a"), &options).unwrap();
+    Ingest::new(&testenc::pvh_stream(&rounds)[..])
+        .run(&mut writer)
+        .unwrap();
+    let error = writer.finish(CONFIG).unwrap_err();
+    assert!(error.is_out_of_space(), "{error}");
+}
+
+/// A snapshot small enough to spoil at every byte.
+fn tiny() -> (Lab, Snapshot) {
+    let lab = Lab::new();
+    let rounds = vec![vec![
+        (0, 0, Some(page(1))),
+        (1, 0, Some([0; PAGE_SIZE])),
+        (2, 0, Some(page(2))),
+        (9, 0xf, None),
+    ]];
+    let snapshot = lab.snapshot(&testenc::pvh_stream(&rounds));
+    (lab, snapshot)
+}
+
+const FILES: [&str; 5] = [
+    "manifest.json",
+    "members/web-1/config.json",
+    "members/web-1/records",
+    "members/web-1/index",
+    "members/web-1/pages",
+];
+
+/// Everything that a restore would do.
+fn restore(lab: &Lab) -> Result<()> {
+    let snapshot = lab
+        .store
+        .catalogue()
+        .get(&name("lab"), &"20261121T023652Z".parse()?)?;
+    snapshot
+        .member(&name("web-1"))?
+        .write_save_file(std::io::sink(), None)
+}
+
+#[test]
+fn every_flipped_byte_is_reported_and_never_restored() {
+    let (lab, snapshot) = tiny();
+    restore(&lab).unwrap();
+    let mut count = 0;
+    for file in FILES {
+        let path = snapshot.dir().join(file);
+        let bytes = fs::read(&path).unwrap();
+        let handle = OpenOptions::new().write(true).open(&path).unwrap();
+        for (at, byte) in bytes.iter().enumerate() {
+            let flipped = byte ^ 1 << (at % 8);
+            handle.write_all_at(&[flipped], at as u64).unwrap();
+            match restore(&lab) {
+                Err(
+                    Error::Damaged { path: named, .. } | Error::DamagedPages { path: named, .. },
+                ) => {
+                    assert_eq!(named, path, "byte {at}");
+                }
+                other => panic!("{file} byte {at}: {other:?}"),
+            }
+            handle.write_all_at(&[*byte], at as u64).unwrap();
+            count += 1;
+        }
+    }
+    assert!(count > 10_000);
+    restore(&lab).unwrap();
+}
+
+#[test]
+fn a_damaged_page_is_named_with_its_range() {
+    let lab = Lab::new();
+    let rounds = vec![(100..120).map(|pfn| (pfn, 0, Some(page(pfn)))).collect()];
+    let snapshot = lab.snapshot(&testenc::pvh_stream(&rounds));
+    let pages = snapshot.dir().join("members/web-1/pages");
+    let file = OpenOptions::new().write(true).open(&pages).unwrap();
+    for slot in [5, 6, 7, 12] {
+        file.write_all_at(b"!", slot * 4096 + 9).unwrap();
+    }
+    let error = stream_of(&snapshot).unwrap_err();
+    let text = error.to_string();
+    assert!(text.starts_with("member web-1: "), "{text}");
+    assert!(
+        text.contains("pages is damaged at pfn 0x69 to 0x6b"),
+        "{text}"
+    );
+    assert!(snapshot.verify().is_err());
+}
+
+#[test]
+fn files_cut_short_or_grown_or_missing_or_replaced_are_reported() {
+    let (lab, snapshot) = tiny();
+    for file in FILES {
+        let path = snapshot.dir().join(file);
+        let bytes = fs::read(&path).unwrap();
+        let mut grown = bytes.clone();
+        grown.push(b'\n');
+        for spoiled in [
+            &bytes[..bytes.len() - 1],
+            &bytes[..bytes.len() / 2],
+            &[],
+            &grown,
+        ] {
+            fs::write(&path, spoiled).unwrap();
+            let listing = lab.store.catalogue().list(None).unwrap();
+            assert!(listing.snapshots.is_empty(), "{file}");
+            assert_eq!(listing.damaged.len(), 1);
+            assert!(restore(&lab).is_err());
+        }
+        fs::remove_file(&path).unwrap();
+        assert!(lab
+            .store
+            .catalogue()
+            .list(None)
+            .unwrap()
+            .snapshots
+            .is_empty());
+        assert!(restore(&lab)
+            .unwrap_err()
+            .to_string()
+            .contains("is damaged"));
+        std::os::unix::fs::symlink("/dev/zero", &path).unwrap();
+        assert!(restore(&lab).is_err());
+        fs::remove_file(&path).unwrap();
+        fs::write(&path, &bytes).unwrap();
+        restore(&lab).unwrap();
+    }
+}
+
+#[test]
+fn a_snapshot_under_a_wrong_name_is_not_listed() {
+    let (lab, snapshot) = tiny();
+    let other = snapshot.dir().with_file_name("20200101T000000Z");
+    fs::create_dir_all(other.join("members")).unwrap();
+    fs::copy(
+        snapshot.dir().join("manifest.json"),
+        other.join("manifest.json"),
+    )
+    .unwrap();
+    fs::create_dir(snapshot.dir().with_file_name("notes")).unwrap();
+    fs::create_dir(lab.store.root().join("snapshots/-x")).unwrap();
+    let listing = lab.store.catalogue().list(None).unwrap();
+    assert_eq!(listing.snapshots.len(), 1);
+    let reasons: Vec<_> = listing
+        .damaged
+        .iter()
+        .map(|d| d.error.to_string())
+        .collect();
+    assert_eq!(reasons.len(), 3, "{reasons:?}");
+    assert!(reasons
+        .iter()
+        .any(|r| r.contains("belongs to snapshot 20261121T023652Z")));
+}
+
+#[test]
+fn a_save_file_has_xls_header_and_the_configuration_asked_for() {
+    let (_lab, snapshot) = tiny();
+    let member = snapshot.member(&name("web-1")).unwrap();
+    let stream = stream_of(&snapshot).unwrap();
+    for config in [None, Some("{\"c_info\": {\"name\": \"copy\"}}")] {
+        let mut out = Vec::new();
+        member.write_save_file(&mut out, config).unwrap();
+        assert_eq!(Kind::of(&out), Kind::XlSave);
+        let mut rest = &out[..];
+        let header = crate::stream::SaveHeader::read(&mut rest).unwrap();
+        assert_eq!(header.config_json.as_deref(), config.or(Some(CONFIG)));
+        assert!(rest == stream);
+    }
+    assert!(member.write_save_file(std::io::sink(), Some("{")).is_err());
+    let full = OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let error = member.write_save_file(full, None).unwrap_err();
+    assert!(error.is_out_of_space(), "{error}");
+}
+
+#[test]
+fn guests_memory_is_readable_by_its_owner_only() {
+    let (lab, snapshot) = tiny();
+    for file in FILES {
+        let mode = fs::metadata(snapshot.dir().join(file))
+            .unwrap()
+            .permissions()
+            .mode();
+        assert_eq!(mode & 0o7777, 0o600, "{file}");
+    }
+    for dir in ["", "tmp", "snapshots", "snapshots/lab"] {
+        let mode = fs::metadata(lab.store.root().join(dir))
+            .unwrap()
+            .permissions()
+            .mode();
+        assert_eq!(mode & 0o7777, 0o700, "{dir}");
+    }
+    for dir in ["", "members", "members/web-1"] {
+        let mode = fs::metadata(snapshot.dir().join(dir))
+            .unwrap()
+            .permissions()
+            .mode();
+        assert_eq!(mode & 0o7777, 0o700, "{dir}");
+    }
+}
+
+#[test]
+fn a_root_that_others_may_write_to_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("open");
+    fs::create_dir(&root).unwrap();
+    for mode in [0o777, 0o1777, 0o770] {
+        fs::set_permissions(&root, fs::Permissions::from_mode(mode)).unwrap();
+        assert!(
+            matches!(Store::open(&root), Err(Error::BadRoot { .. })),
+            "{mode:o}"
+        );
+    }
+    fs::set_permissions(&root, fs::Permissions::from_mode(0o755)).unwrap();
+    Store::open(&root).unwrap();
+    fs::write(dir.path().join("file"), "").unwrap();
+    assert!(Store::open(&dir.path().join("file")).is_err());
+}
+
+#[test]
+fn a_store_behind_a_symlink_works() {
+    let (lab, _snapshot) = tiny();
+    let link = lab.dir.path().join("link");
+    std::os::unix::fs::symlink(lab.store.root(), &link).unwrap();
+    let store = Store::open(&link).unwrap();
+    assert_eq!(store.catalogue().list(None).unwrap().snapshots.len(), 1);
+    drop(store.begin(&name("lab")).unwrap());
+}
+
+#[test]
+fn an_unfinished_snapshot_is_never_listed_and_goes_away() {
+    let lab = Lab::new();
+    let take = lab.store.begin_at(&name("lab"), noon()).unwrap();
+    let options = WriterOptions::default();
+    let mut writer = MemberWriter::create(take.dir(), &name("web-1"), &options).unwrap();
+    Ingest::new(&pv_live()[..]).run(&mut writer).unwrap();
+    assert!(lab
+        .store
+        .catalogue()
+        .list(None)
+        .unwrap()
+        .snapshots
+        .is_empty());
+    writer.finish(CONFIG).unwrap();
+    let listing = lab.store.catalogue().list(None).unwrap();
+    assert!(listing.snapshots.is_empty() && listing.damaged.is_empty());
+    let newest = lab.store.catalogue().newest(&name("lab"));
+    assert!(matches!(newest, Err(Error::NoSnapshots { .. })));
+    drop(take);
+    assert_eq!(lab.tmp_count(), 0);
+}
+
+#[test]
+fn a_stream_that_broke_off_cannot_be_finished() {
+    let lab = Lab::new();
+    let take = lab.store.begin(&name("lab")).unwrap();
+    let options = WriterOptions::default();
+    let mut writer = MemberWriter::create(take.dir(), &name("web-1"), &options).unwrap();
+    let live = pv_live();
+    Ingest::new(&live[..live.len() - 8])
+        .run(&mut writer)
+        .unwrap_err();
+    assert!(matches!(
+        writer.finish(CONFIG),
+        Err(Error::Unstorable { .. })
+    ));
+    assert!(MemberWriter::create(take.dir(), &name("web-1"), &options).is_err());
+    let mut writer = MemberWriter::create(take.dir(), &name("web-2"), &options).unwrap();
+    Ingest::new(&live[..]).run(&mut writer).unwrap();
+    assert!(writer.finish("not json").is_err());
+}
+
+#[test]
+fn a_manifest_that_does_not_fit_is_not_committed() {
+    let lab = Lab::new();
+    let spoil: [fn(&mut Manifest); 7] = [
+        |m| m.members.clear(),
+        |m| m.members.push(m.members[0].clone()),
+        |m| m.members.push(sample_member("absent")),
+        |m| m.members[0].image.files[3].length += 1,
+        |m| drop(m.members[0].image.files.remove(2)),
+        |m| m.vne = name("other"),
+        |m| m.format = 2,
+    ];
+    for spoil in spoil {
+        let take = lab.store.begin(&name("lab")).unwrap();
+        let options = WriterOptions::default();
+        let mut writer = MemberWriter::create(take.dir(), &name("web-1"), &options).unwrap();
+        Ingest::new(&pv_live()[..]).run(&mut writer).unwrap();
+        let mut manifest = take.manifest();
+        let mut member = sample_member("web-1");
+        member.image = writer.finish(CONFIG).unwrap();
+        manifest.members.push(member);
+        spoil(&mut manifest);
+        assert!(take.commit(&manifest).is_err());
+        assert!(lab
+            .store
+            .catalogue()
+            .list(None)
+            .unwrap()
+            .snapshots
+            .is_empty());
+        assert_eq!(lab.tmp_count(), 0);
+    }
+}
+
+#[test]
+fn snapshots_of_the_same_second_get_names_of_their_own() {
+    let lab = Lab::new();
+    let begin = |vne: &str| lab.store.begin_at(&name(vne), noon()).unwrap();
+    let (first, second, other) = (begin("lab"), begin("lab"), begin("other"));
+    assert_eq!(first.id().to_string(), "20261121T023652Z");
+    assert_eq!(second.id().to_string(), "20261121T023652Z-2");
+    assert_eq!(other.id(), first.id());
+    drop((first, second, other));
+    let snapshot = lab.snapshot(&pv_live());
+    assert_eq!(snapshot.manifest().created, "2026-11-21T02:36:52Z");
+    let again = lab.snapshot(&pv_live());
+    assert_eq!(again.manifest().id.to_string(), "20261121T023652Z-2");
+    let newest = lab.store.catalogue().newest(&name("lab")).unwrap();
+    assert_eq!(newest.manifest().id, again.manifest().id);
+    let listing = lab.store.catalogue().list(Some(&name("lab"))).unwrap();
+    assert_eq!(listing.snapshots.len(), 2);
+    assert!(listing.snapshots[0].id < listing.snapshots[1].id);
+}
+
+#[test]
+fn a_snapshot_in_use_is_not_removed_and_a_removed_one_is_gone() {
+    let (lab, snapshot) = tiny();
+    let catalogue = lab.store.catalogue();
+    let id = snapshot.manifest().id.clone();
+    let in_use = catalogue.remove(&name("lab"), &id);
+    assert!(matches!(in_use, Err(Error::InUse { .. })), "{in_use:?}");
+    snapshot.verify().unwrap();
+    drop(snapshot);
+    catalogue.remove(&name("lab"), &id).unwrap();
+    let gone = catalogue.remove(&name("lab"), &id);
+    assert!(matches!(gone, Err(Error::NoSnapshot { .. })), "{gone:?}");
+    assert!(matches!(
+        catalogue.get(&name("lab"), &id),
+        Err(Error::NoSnapshot { .. })
+    ));
+    assert!(catalogue.list(None).unwrap().snapshots.is_empty());
+    assert_eq!(lab.tmp_count(), 0);
+}
+
+#[test]
+fn a_damaged_snapshot_can_be_removed() {
+    let (lab, snapshot) = tiny();
+    fs::remove_file(snapshot.dir().join("manifest.json")).unwrap();
+    let id = snapshot.manifest().id.clone();
+    drop(snapshot);
+    let error = lab.store.catalogue().get(&name("lab"), &id).unwrap_err();
+    assert!(error.to_string().contains("has no manifest"), "{error}");
+    lab.store.catalogue().remove(&name("lab"), &id).unwrap();
+}
+
+#[test]
+fn only_what_dead_processes_left_is_cleaned_away() {
+    let lab = Lab::new();
+    let live = lab.store.begin(&name("live")).unwrap();
+    let dead = lab.tmp().join("take.dead.20261121T023652Z");
+    fs::create_dir_all(dead.join("members")).unwrap();
+    fs::create_dir_all(lab.tmp().join("removed.x.20261121T023652Z.1/members/a")).unwrap();
+    fs::create_dir(lab.tmp().join("somebody-elses")).unwrap();
+    fs::write(lab.tmp().join("take.file"), "").unwrap();
+    let options = WriterOptions::default();
+    // The engine is dead, its worker isn't yet.
+    let worker = MemberWriter::create(&dead, &name("web-1"), &options).unwrap();
+    assert_eq!(
+        lab.store.clean_tmp().unwrap(),
+        Cleaned {
+            removed: 1,
+            live: 2
+        }
+    );
+    assert!(live.dir().exists() && dead.exists());
+    drop(worker);
+    assert_eq!(
+        lab.store.clean_tmp().unwrap(),
+        Cleaned {
+            removed: 1,
+            live: 1
+        }
+    );
+    assert!(live.dir().exists() && !dead.exists());
+    let late = MemberWriter::create(&dead, &name("web-1"), &options);
+    assert!(matches!(late, Err(Error::Io { .. })));
+    drop(live);
+    assert_eq!(lab.tmp_count(), 2);
+}
+
+#[test]
+fn cleaning_all_the_time_never_takes_a_live_snapshot_away() {
+    let lab = Lab::new();
+    let store = &lab.store;
+    let done = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                store.clean_tmp().unwrap();
+            }
+        });
+        let takers: Vec<_> = (0..3)
+            .map(|_| {
+                scope.spawn(move || {
+                    for _ in 0..100 {
+                        let take = store.begin_at(&name("lab"), noon()).unwrap();
+                        let options = WriterOptions::default();
+                        let writer = MemberWriter::create(take.dir(), &name("a"), &options);
+                        assert!(writer.is_ok(), "{writer:?}");
+                        assert!(take.dir().join("members/a/pages").exists());
+                    }
+                })
+            })
+            .collect();
+        for taker in takers {
+            taker.join().unwrap();
+        }
+        done.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+    assert_eq!(lab.tmp_count(), 0);
+}
+
+#[test]
+fn a_stream_with_absurd_frame_numbers_is_refused() {
+    let lab = Lab::new();
+    let take = lab.store.begin(&name("lab")).unwrap();
+    for (nth, pfn) in [PFN_COUNT_MAX, (1 << 52) - 1].into_iter().enumerate() {
+        let member = name(&format!("m{nth}"));
+        let mut writer = MemberWriter::create(take.dir(), &member, &Default::default()).unwrap();
+        for rounds in [
+            vec![vec![(pfn, 0, Some(page(1)))]],
+            vec![vec![(pfn, 0xf, None)]],
+        ] {
+            match Ingest::new(&testenc::pvh_stream(&rounds)[..]).run(&mut writer) {
+                Err(IngestError::Sink(error)) => {
+                    assert!(error.to_string().contains("1 TiB"), "{error}");
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+}
+
+#[test]
+fn p2m_frames_sent_again_stand_ahead_of_the_pages_they_allow() {
+    let p2m = |last: u32| {
+        let mut body = vec![0; 4];
+        body.extend(last.to_le_bytes());
+        body.resize(8 + 8 * (last as usize / 512 + 1), 0);
+        body
+    };
+    let start = || {
+        testenc::Enc::default()
+            .xl_header()
+            .xc_headers(3, 1)
+            .pv_start(10)
+    };
+    let live = start()
+        .pages(&[(1, 0, Some(page(1)))])
+        .record(3, &p2m(2000))
+        .pages(&[(1500, 0, Some(page(2)))])
+        .pv_state();
+    let once = start()
+        .record(3, &p2m(2000))
+        .pages(&[(1, 0, Some(page(1))), (1500, 0, Some(page(2)))])
+        .pv_state();
+    let snapshot = Lab::new();
+    let snapshot = snapshot.snapshot(&live.xc_end().xl_end());
+    assert!(stream_of(&snapshot).unwrap() == once.xc_end().xl_end());
+}
+
+#[test]
+fn a_page_that_differs_when_verified_is_counted() {
+    let lab = Lab::new();
+    let take = lab.store.begin(&name("lab")).unwrap();
+    let mut writer = MemberWriter::create(take.dir(), &name("a"), &Default::default()).unwrap();
+    let mut page_of = |pfn, page: &Page| writer.page(pfn, PageType::Normal, Some(page)).unwrap();
+    page_of(0, &page(1));
+    page_of(1, &[0; PAGE_SIZE]);
+    writer.handle().enter_final();
+    writer.page(2, PageType::Normal, Some(&page(3))).unwrap();
+    writer.page(3, PageType::Invalid, None).unwrap();
+    let mut verify = |pfn, page_type: PageType, page: Option<&Page>| {
+        writer.verify_page(pfn, page_type, page).unwrap();
+        writer.stats_for_tests().pages_verify_differed
+    };
+    assert_eq!(verify(0, PageType::Normal, Some(&page(1))), 0);
+    assert_eq!(verify(1, PageType::Normal, Some(&[0; PAGE_SIZE])), 0);
+    assert_eq!(verify(2, PageType::Normal, Some(&page(3))), 0);
+    assert_eq!(verify(3, PageType::Invalid, None), 0);
+    assert_eq!(verify(0, PageType::Normal, Some(&page(2))), 1);
+    assert_eq!(verify(1, PageType::Normal, Some(&page(2))), 2);
+    assert_eq!(verify(2, PageType::L1, Some(&page(3))), 3);
+    assert_eq!(verify(3, PageType::Normal, Some(&page(2))), 4);
+    assert_eq!(verify(9, PageType::Invalid, None), 5);
+}
+
+#[test]
+fn free_space_is_told_in_bytes() {
+    let lab = Lab::new();
+    assert!(lab.store.free_bytes().unwrap() > 1 << 20);
+    assert!(free_bytes(Path::new("/nonexistent")).is_err());
+}

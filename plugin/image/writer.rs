@@ -1,0 +1,423 @@
+//! Takes a member's stream into the store.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::Arc;
+
+use super::error::Error;
+use super::files::{self, Lock};
+use super::held::HeldPages;
+use super::index::Index;
+use super::manifest::{FileFacts, MemberImage, MemberStats};
+use super::name::Name;
+use super::records::{Record, Records};
+use super::slots::SlotFile;
+use super::store::{self, CONFIG_NAME, INDEX_NAME, PAGES_NAME, RECORDS_NAME};
+use super::table::{Content, PageTable, PFN_COUNT_MAX};
+use super::Result;
+use crate::stream::{xc_record, Page, PageType, Place, Sink, XcHeader, PAGE_SIZE};
+
+/// Bytes of a member's records, at most. They are kept in memory until the end:
+/// a big HVM guest's device model and CPU state take a few tens of MiB.
+pub const RECORDS_BYTES_MAX: usize = 256 << 20;
+
+/// Records of a member, at most: a few per virtual CPU.
+const RECORDS_MAX: usize = 1 << 16;
+
+/// How a [`MemberWriter`] works.
+#[derive(Clone, Copy, Debug)]
+pub struct WriterOptions {
+    /// Bytes of pages to keep in memory while the guest is suspended, at most.
+    /// Beyond it pages go to the disk, and the guest waits for it.
+    pub held_bytes_max: usize,
+}
+
+impl Default for WriterOptions {
+    /// 256 MiB: 65,536 pages, hundreds of times what a converged pre-copy
+    /// leaves over.
+    fn default() -> Self {
+        WriterOptions {
+            held_bytes_max: 256 << 20,
+        }
+    }
+}
+
+/// What other threads see of a [`MemberWriter`], and the switch they have.
+#[derive(Clone, Debug, Default)]
+pub struct MemberHandle(Arc<Shared>);
+
+#[derive(Debug, Default)]
+struct Shared {
+    is_final: AtomicBool,
+    pages_received: AtomicU64,
+    pages_final: AtomicU64,
+    pages_spilled: AtomicU64,
+}
+
+impl MemberHandle {
+    /// From now on pages are kept in memory and the disk isn't touched until
+    /// [`MemberWriter::finish`]. To be called just before the guest is
+    /// suspended: a write that is under way (at most 1 MiB) still ends.
+    pub fn enter_final(&self) {
+        self.0.is_final.store(true, Ordering::Release);
+    }
+
+    /// Whether [`MemberHandle::enter_final`] was called.
+    pub fn is_final(&self) -> bool {
+        self.0.is_final.load(Ordering::Acquire)
+    }
+
+    /// Page entries received so far.
+    pub fn pages_received(&self) -> u64 {
+        self.0.pages_received.load(Ordering::Relaxed)
+    }
+
+    /// Those received since [`MemberHandle::enter_final`].
+    pub fn pages_final(&self) -> u64 {
+        self.0.pages_final.load(Ordering::Relaxed)
+    }
+
+    /// Pages that went to disk while the guest was suspended; see
+    /// [`MemberStats::pages_spilled`].
+    pub fn pages_spilled(&self) -> u64 {
+        self.0.pages_spilled.load(Ordering::Relaxed)
+    }
+}
+
+/// Stores one member: the [`Sink`] for its stream.
+///
+/// While the guest runs, pages go straight into their slots on disk, where a
+/// newer version overwrites the older one and a page that became zero gives its
+/// slot up. After [`MemberHandle::enter_final`] pages stay in memory, so that a
+/// suspended guest never waits for a disk; [`MemberWriter::finish`], called when
+/// the guest runs again, writes them and everything else.
+///
+/// On any error the member is lost and with it the snapshot: the directory is
+/// to be left to [`super::Take`] or [`super::Store::clean_tmp`].
+#[derive(Debug)]
+pub struct MemberWriter {
+    name: Name,
+    dir: PathBuf,
+    /// Keeps [`super::Store::clean_tmp`] away from the take's directory.
+    _lock: File,
+    slots: SlotFile,
+    held: HeldPages,
+    table: PageTable,
+    handle: MemberHandle,
+    stats: MemberStats,
+    legacy: bool,
+    header: Option<XcHeader>,
+    records: Vec<Record>,
+    records_bytes: usize,
+    ended: bool,
+}
+
+impl MemberWriter {
+    /// Makes the member's directory in that of a [`super::Take`], which may
+    /// belong to another process.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InUse`] if the take is being cleaned away as dead;
+    /// [`Error::Io`], also if the member exists.
+    pub fn create(take_dir: &Path, name: &Name, options: &WriterOptions) -> Result<Self> {
+        let dir = store::member_dir(take_dir, name);
+        let slots = |dir: &Path| SlotFile::create(&dir.join(PAGES_NAME));
+        Self::create_over(take_dir, dir, name, options, slots)
+    }
+
+    /// With the `pages` file that `slots` makes.
+    pub(super) fn create_over(
+        take_dir: &Path,
+        dir: PathBuf,
+        name: &Name,
+        options: &WriterOptions,
+        slots: impl FnOnce(&Path) -> Result<SlotFile>,
+    ) -> Result<Self> {
+        let Some(lock) = files::try_lock_dir(take_dir, Lock::Shared)? else {
+            let path = take_dir.to_owned();
+            return Err(Error::InUse { path });
+        };
+        files::make_dir(&dir)?;
+        Ok(MemberWriter {
+            name: name.clone(),
+            slots: slots(&dir)?,
+            dir,
+            _lock: lock,
+            held: HeldPages::new(options.held_bytes_max),
+            table: PageTable::default(),
+            handle: MemberHandle::default(),
+            stats: MemberStats::default(),
+            legacy: false,
+            header: None,
+            records: Vec::new(),
+            records_bytes: 0,
+            ended: false,
+        })
+    }
+
+    /// The switch and the counters, for other threads.
+    pub fn handle(&self) -> MemberHandle {
+        self.handle.clone()
+    }
+
+    /// Writes what is in memory, the index, the records and `config_json` (the
+    /// domain's configuration as `libxl_domain_config_to_json` gives it), and
+    /// makes all of it last. Slow: for when the guest runs again.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Unstorable`] if the stream wasn't read to its end or the
+    /// configuration is no JSON; [`Error::Io`]; [`Error::Damaged`] if the disk
+    /// doesn't keep what it was given.
+    pub fn finish(mut self, config_json: &str) -> Result<MemberImage> {
+        store::check_config(config_json)
+            .map_err(|problem| self.unstorable(format!("its configuration: {problem}")))?;
+        let header = match self.header {
+            Some(header) if self.ended => header,
+            _ => return Err(self.unstorable("its stream was not read to the end")),
+        };
+        self.write_held()?;
+        self.compact()?;
+        let records = self.encode_records(header);
+        self.count_pages();
+        let dir = self.dir;
+        let (pages_bytes, hashes) = self.slots.finish()?;
+        // What a reader would refuse must not be committed.
+        let index = Index::of(&self.table, hashes)
+            .map_err(|pfn| format!("pfn {pfn:#x} was left in memory"))
+            .and_then(|index| index.check().map(|()| index))
+            .map_err(|problem| Error::damaged(&dir.join(INDEX_NAME), problem))?;
+        let write = |name, bytes: &[u8]| files::write_file(&dir.join(name), name, bytes);
+        let files = vec![
+            write(CONFIG_NAME, config_json.as_bytes())?,
+            write(RECORDS_NAME, &records)?,
+            write(INDEX_NAME, &index.encode())?,
+            FileFacts {
+                name: PAGES_NAME.to_owned(),
+                length: pages_bytes,
+                blake3: None,
+            },
+        ];
+        files::sync_dir(&dir)?;
+        Ok(MemberImage {
+            stats: self.stats,
+            files,
+        })
+    }
+
+    #[cfg(test)]
+    pub(super) fn stats_for_tests(&self) -> &MemberStats {
+        &self.stats
+    }
+
+    /// Moves the pages held in memory to slots.
+    fn write_held(&mut self) -> Result<()> {
+        let held: Vec<_> = self
+            .table
+            .iter()
+            .filter_map(|(pfn, page_type, content)| match content {
+                Content::Held(number) => Some((pfn, page_type, number)),
+                _ => None,
+            })
+            .collect();
+        for (pfn, page_type, number) in held {
+            let Some((page, slot)) = self.held.get(number) else {
+                return Err(self.unstorable(format!("pfn {pfn:#x} was lost from memory")));
+            };
+            let page = *page;
+            self.write_page(pfn, page_type, slot, &page)?;
+        }
+        Ok(())
+    }
+
+    /// Leaves no unused slot in the file.
+    fn compact(&mut self) -> Result<()> {
+        let (mut pfns, mut used) = (Vec::new(), Vec::new());
+        for (pfn, page_type, content) in self.table.iter() {
+            if let Content::Slot(slot) = content {
+                pfns.push((pfn, page_type));
+                used.push(slot);
+            }
+        }
+        let mut moves = std::collections::HashMap::new();
+        self.slots.compact(&used, |from, to| {
+            moves.insert(from, to);
+        })?;
+        if moves.is_empty() {
+            return Ok(());
+        }
+        for (slot, (pfn, page_type)) in used.into_iter().zip(pfns) {
+            if let Some(&to) = moves.get(&slot) {
+                self.table.set(pfn, page_type, Content::Slot(to));
+            }
+        }
+        Ok(())
+    }
+
+    fn encode_records(&mut self, header: XcHeader) -> Vec<u8> {
+        let mut records = std::mem::take(&mut self.records);
+        records.sort_by_key(|record| record.place); // stable
+        Records {
+            legacy: self.legacy,
+            header,
+            records,
+        }
+        .encode()
+    }
+
+    fn count_pages(&mut self) {
+        for (_, _, content) in self.table.iter() {
+            self.stats.pages_unique += 1;
+            match content {
+                Content::Slot(_) => self.stats.pages_stored += 1,
+                Content::Zero => self.stats.pages_zero += 1,
+                Content::Nothing | Content::Held(_) => {}
+            }
+        }
+        self.stats.pages_held_peak = self.held.peak() as u64;
+        self.stats.pages_spilled = self.handle.pages_spilled();
+    }
+
+    /// A page with contents, to be kept in memory if that's the mode.
+    fn store_page(&mut self, pfn: u64, page_type: PageType, page: &Page, last: bool) -> Result<()> {
+        let slot = match self.table.get(pfn) {
+            Some((_, Content::Held(number))) => {
+                self.held.replace(number, page);
+                return self.note(pfn, page_type, Content::Held(number));
+            }
+            Some((_, Content::Slot(slot))) => Some(slot),
+            Some((_, Content::Nothing | Content::Zero)) | None => None,
+        };
+        if last {
+            if let Some(number) = self.held.hold(page, slot) {
+                return self.note(pfn, page_type, Content::Held(number));
+            }
+            self.handle.0.pages_spilled.fetch_add(1, Ordering::Relaxed);
+        }
+        self.write_page(pfn, page_type, slot, page)
+    }
+
+    fn write_page(
+        &mut self,
+        pfn: u64,
+        page_type: PageType,
+        slot: Option<u32>,
+        page: &Page,
+    ) -> Result<()> {
+        let Some(slot) = slot.or_else(|| self.slots.allocate()) else {
+            return Err(self.unstorable("it has more pages than a store can number"));
+        };
+        self.note(pfn, page_type, Content::Slot(slot))?;
+        self.slots.write(slot, page)
+    }
+
+    /// A page without contents to store: gives up what an older version has.
+    fn drop_page(&mut self, pfn: u64, page_type: PageType, content: Content) -> Result<()> {
+        let slot = match self.table.get(pfn) {
+            Some((_, Content::Slot(slot))) => Some(slot),
+            Some((_, Content::Held(number))) => self.held.release(number),
+            _ => None,
+        };
+        if let Some(slot) = slot {
+            self.slots.release(slot);
+        }
+        self.note(pfn, page_type, content)
+    }
+
+    fn note(&mut self, pfn: u64, page_type: PageType, content: Content) -> Result<()> {
+        if self.table.set(pfn, page_type, content) {
+            return Ok(());
+        }
+        Err(self.unstorable(format!(
+            "pfn {pfn:#x} is beyond the {PFN_COUNT_MAX:#x} frames (1 TiB) that a store holds"
+        )))
+    }
+
+    fn unstorable(&self, problem: impl Into<String>) -> Error {
+        Error::unstorable(format!("member {}", self.name), problem)
+    }
+}
+
+/// Whether a page is all zero. Most others differ within the first bytes, where
+/// the comparison ends.
+fn is_zero(page: &Page) -> bool {
+    const ZERO: &Page = &[0; PAGE_SIZE];
+    page == ZERO
+}
+
+impl Sink for MemberWriter {
+    type Error = Error;
+
+    fn xl_header(&mut self, legacy: bool) -> Result<()> {
+        self.legacy = legacy;
+        Ok(())
+    }
+
+    fn xc_header(&mut self, header: &XcHeader) -> Result<()> {
+        self.header = Some(*header);
+        Ok(())
+    }
+
+    fn record(&mut self, place: Place, record_type: u32, body: &[u8]) -> Result<()> {
+        self.records_bytes = self.records_bytes.saturating_add(body.len());
+        if self.records_bytes > RECORDS_BYTES_MAX || self.records.len() >= RECORDS_MAX {
+            return Err(self.unstorable(format!(
+                "its records are more than {RECORDS_MAX} or longer than {RECORDS_BYTES_MAX} bytes"
+            )));
+        }
+        // A PV guest whose p2m grows may send its frames again between rounds.
+        // Pages of the new range are valid only after that, and in the image
+        // there is one round: so it must stand ahead of it.
+        let moves = place == Place::XcAfter && record_type == xc_record::X86_PV_P2M_FRAMES;
+        self.records.push(Record {
+            place: if moves { Place::XcBefore } else { place },
+            record_type,
+            body: body.to_vec(),
+        });
+        Ok(())
+    }
+
+    fn page(&mut self, pfn: u64, page_type: PageType, data: Option<&Page>) -> Result<()> {
+        let last = self.handle.is_final();
+        self.stats.pages_received += 1;
+        self.stats.pages_final += u64::from(last);
+        let shared = &self.handle.0;
+        shared
+            .pages_received
+            .store(self.stats.pages_received, Ordering::Relaxed);
+        shared
+            .pages_final
+            .store(self.stats.pages_final, Ordering::Relaxed);
+        let Some(page) = data else {
+            return self.drop_page(pfn, page_type, Content::Nothing);
+        };
+        self.stats.bytes_received += PAGE_SIZE as u64;
+        if is_zero(page) {
+            self.drop_page(pfn, page_type, Content::Zero)
+        } else {
+            self.store_page(pfn, page_type, page, last)
+        }
+    }
+
+    fn verify_page(&mut self, pfn: u64, page_type: PageType, data: Option<&Page>) -> Result<()> {
+        let same = match (self.table.get(pfn), data) {
+            (Some((kept, _)), _) if kept != page_type => false,
+            (Some((_, Content::Zero)), Some(page)) => is_zero(page),
+            (Some((_, Content::Slot(slot))), Some(page)) => self.slots.holds(slot, page),
+            (Some((_, Content::Held(number))), Some(page)) => {
+                self.held.get(number).is_some_and(|(held, _)| held == page)
+            }
+            (Some((_, Content::Nothing)), None) => true,
+            _ => false,
+        };
+        self.stats.pages_verify_differed += u64::from(!same);
+        Ok(())
+    }
+
+    fn end(&mut self) -> Result<()> {
+        self.ended = true;
+        Ok(())
+    }
+}
