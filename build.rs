@@ -28,6 +28,7 @@ fn run() -> Result<(), String> {
             .map_err(|error| format!("{package} not found (Debian: libxen-dev): {error}"))?;
     }
 
+    plugin_abi(&out)?;
     base().file("c-shim/recover.c").compile("vne_recover");
     link(
         &out.join("vne-save-policy.so"),
@@ -39,6 +40,31 @@ fn run() -> Result<(), String> {
         "c-shim/save_helper.c",
         &["-fPIE", "-pie"],
     )
+}
+
+/// The plugin interface of xl, from its header, and the release of Xen whose
+/// libxl this is built against.
+fn plugin_abi(out: &Path) -> Result<(), String> {
+    println!("cargo:rerun-if-changed=xl-ext/include/xl_plugin.h");
+    bindgen::Builder::default()
+        .header("xl-ext/include/xl_plugin.h")
+        .allowlist_type("xl_plugin.*")
+        .allowlist_var("XL_PLUGIN_.*")
+        .derive_debug(false)
+        .generate_comments(false)
+        .generate()
+        .map_err(|error| error.to_string())?
+        .write_to_file(out.join("xl_plugin.rs"))
+        .map_err(|error| error.to_string())?;
+
+    let xenlight = pkg_config::probe_library("xenlight")
+        .map_err(|error| format!("xenlight not found (Debian: libxen-dev): {error}"))?;
+    let mut parts = xenlight.version.split('.');
+    let (Some(major), Some(minor)) = (parts.next(), parts.next()) else {
+        return Err(format!("xenlight has version '{}'", xenlight.version));
+    };
+    println!("cargo:rustc-env=VNE_XEN_VERSION={major}.{minor}");
+    Ok(())
 }
 
 fn base() -> cc::Build {

@@ -1,0 +1,111 @@
+//! A VNE's description: `/etc/xen/vne/NAME.cfg`, in xl's syntax.
+
+use std::fs::File;
+use std::io::{ErrorKind, Read};
+use std::path::PathBuf;
+
+use super::xlcfg::{XlConfig, CONFIG_BYTES_MAX};
+use super::{Failure, Host};
+use crate::cut::OnDivergence;
+use crate::image::Name;
+
+/// What the file may say. What it doesn't say is `None`.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct VneConfig {
+    /// The members, by domain name.
+    pub members: Vec<String>,
+    /// Where its snapshots are kept.
+    pub store: Option<PathBuf>,
+    /// Size of each vif's hold queue, in KiB.
+    pub hold_kib: Option<u32>,
+    /// How long pre-copy may take, in seconds.
+    pub precopy_max_s: Option<u32>,
+    /// How long copying the last pages may be expected to take, in ms.
+    pub last_copy_ms: Option<u32>,
+    /// What to do about members that don't converge.
+    pub diverging: Option<OnDivergence>,
+}
+
+impl VneConfig {
+    /// The file's place for a VNE.
+    pub fn path(host: &Host, vne: &Name) -> PathBuf {
+        host.config_dir.join("vne").join(format!("{vne}.cfg"))
+    }
+
+    /// Reads the description of a VNE, if there is one.
+    pub fn find(host: &Host, vne: &Name) -> Result<Option<Self>, Failure> {
+        let path = Self::path(host, vne);
+        let file = match File::open(&path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            other => other.map_err(|error| format!("{}: {error}", path.display()))?,
+        };
+        let mut text = Vec::new();
+        file.take(CONFIG_BYTES_MAX as u64 + 1)
+            .read_to_end(&mut text)
+            .map_err(|error| format!("{}: {error}", path.display()))?;
+        Ok(Some(Self::parse(&path.to_string_lossy(), &text)?))
+    }
+
+    fn parse(source: &str, text: &[u8]) -> Result<Self, String> {
+        let config = XlConfig::parse(source, text)?;
+        let diverging = match config.string(c"diverging")?.as_deref() {
+            None => None,
+            Some("go") => Some(OnDivergence::Go),
+            Some("abort") => Some(OnDivergence::Abort),
+            Some(other) => {
+                return Err(format!(
+                    "{source}: 'diverging' is '{other}', but must be go or abort"
+                ))
+            }
+        };
+        let members = config.list(c"members")?;
+        Ok(Self {
+            members: members.ok_or_else(|| {
+                format!("{source}: 'members' is missing (members = [ \"DOMAIN\", … ])")
+            })?,
+            store: config.string(c"store")?.map(PathBuf::from),
+            hold_kib: config.number(c"hold_kib", 16, 1 << 20)?,
+            precopy_max_s: config.number(c"precopy_max", 1, 86_400)?,
+            last_copy_ms: config.number(c"last_copy_ms", 1, 60_000)?,
+            diverging,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn everything_is_read() -> Result<(), String> {
+        let text = b"members = [ \"a\", \"b\" ]\nstore = \"/srv/vne\"\nhold_kib = 512\n\
+                     precopy_max = 30\nlast_copy_ms = 20\ndiverging = \"go\"\n";
+        let config = VneConfig::parse("lab.cfg", text)?;
+        let expected = VneConfig {
+            members: vec!["a".into(), "b".into()],
+            store: Some("/srv/vne".into()),
+            hold_kib: Some(512),
+            precopy_max_s: Some(30),
+            last_copy_ms: Some(20),
+            diverging: Some(OnDivergence::Go),
+        };
+        assert_eq!(config, expected);
+        Ok(())
+    }
+
+    #[test]
+    fn errors_name_the_key_and_the_way_out() {
+        for (text, expected) in [
+            ("store = \"/srv\"", "'members' is missing"),
+            ("members = \"a\"", "'members' must be a list"),
+            ("members = [ \"a\" ]\nhold_kib = 1", "from 16 to"),
+            ("members = [ \"a\" ]\ndiverging = \"maybe\"", "go or abort"),
+        ] {
+            let error = VneConfig::parse("lab.cfg", text.as_bytes()).unwrap_err();
+            assert!(
+                error.contains(expected) && error.contains("lab.cfg"),
+                "{error}"
+            );
+        }
+    }
+}

@@ -1,0 +1,239 @@
+//! What users type: `xl vne-snapshot VERB`, one file a verb.
+//!
+//! Exit status as xl's: 0 success, 1 failure, 2 arguments that make no sense.
+
+mod config;
+mod export;
+mod list;
+mod progress;
+mod remove;
+mod restore;
+mod show;
+mod take;
+mod units;
+mod worker;
+mod xlcfg;
+
+pub use worker::main as worker_main;
+
+use std::ffi::{c_int, OsString};
+use std::io::Write;
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand};
+
+use crate::domain::xl::Xl;
+use crate::image::{Name, Snapshot, SnapshotId, Store};
+use crate::sentence::sentence;
+use crate::sidecar::Program;
+
+/// What xl tells its plugins.
+pub struct Host {
+    /// xl's libxl context.
+    pub xl: Xl,
+    /// The running xl.
+    pub xl_path: PathBuf,
+    /// Xen's folder of configuration files.
+    pub config_dir: PathBuf,
+    /// Xen's folder for what is gone after a reboot.
+    pub run_dir: PathBuf,
+    /// Xen's folder of private programs.
+    pub libexec_dir: PathBuf,
+    /// `xl -N`.
+    pub dry_run: bool,
+    /// How often `xl -v`.
+    pub verbosity: u32,
+}
+
+impl Host {
+    fn program(&self) -> Program {
+        Program {
+            xl: self.xl_path.clone(),
+            verbosity: self.verbosity,
+        }
+    }
+}
+
+/// An error that ends a verb, already a sentence.
+type Failure = Box<dyn std::error::Error>;
+
+/// Consistent live snapshots of a set of networked domains (a virtual
+/// networked environment, VNE).
+#[derive(Debug, Parser)]
+#[command(
+    name = "xl vne-snapshot",
+    bin_name = "xl vne-snapshot",
+    version,
+    disable_help_subcommand = true,
+    after_help = "A VNE is described by /etc/xen/vne/NAME.cfg. See xl-vne-snapshot(1)."
+)]
+struct Arguments {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Capture all members of a VNE at one consistent point, live
+    Take(take::Arguments),
+    /// List the snapshots of this host
+    List(list::Arguments),
+    /// Show one snapshot
+    Show(show::Arguments),
+    /// Bring all members of a snapshot back
+    Restore(restore::Arguments),
+    /// Delete snapshots
+    Remove(remove::Arguments),
+    /// Write a member as a file for stock 'xl restore'
+    Export(export::Arguments),
+}
+
+/// `xl vne-snapshot`.
+pub fn main(host: &Host, arguments: Vec<OsString>) -> c_int {
+    start_log(host.verbosity);
+    let parsed = match Arguments::try_parse_from(arguments) {
+        Ok(parsed) => parsed,
+        Err(error) => {
+            // To stdout and 0 for help, else to stderr and 2.
+            let printed = error.print();
+            return if printed.is_ok() {
+                error.exit_code()
+            } else {
+                1
+            };
+        }
+    };
+    let result = match &parsed.verb {
+        Verb::Take(arguments) => take::run(host, arguments),
+        Verb::List(arguments) => list::run(host, arguments),
+        Verb::Show(arguments) => show::run(host, arguments),
+        Verb::Restore(arguments) => restore::run(host, arguments),
+        Verb::Remove(arguments) => remove::run(host, arguments),
+        Verb::Export(arguments) => export::run(host, arguments),
+    };
+    match result {
+        Ok(()) => 0,
+        Err(error) => {
+            // A closed stdout is how 'head' says that it has enough.
+            let _ = writeln!(
+                std::io::stderr(),
+                "xl vne-snapshot: {}",
+                sentence(error.as_ref())
+            );
+            1
+        }
+    }
+}
+
+/// Warnings by default; each `-v` of xl's shows more.
+fn start_log(verbosity: u32) {
+    let level = match verbosity {
+        0 => log::LevelFilter::Warn,
+        1 => log::LevelFilter::Info,
+        _ => log::LevelFilter::Debug,
+    };
+    let started = env_logger::Builder::new()
+        .filter_level(level)
+        .format(|out, record| {
+            writeln!(
+                out,
+                "xl vne-snapshot: {}: {}",
+                record.level().as_str().to_lowercase(),
+                record.args()
+            )
+        })
+        .try_init();
+    // Only a second logger in one process fails, and then one is there.
+    drop(started);
+}
+
+/// Where the images are, and which VNE is meant.
+#[derive(Debug, clap::Args)]
+struct StoreArgument {
+    /// Folder of the snapshots [default: the VNE's 'store', or /var/lib/xen-vne]
+    #[arg(long, value_name = "DIR")]
+    store: Option<PathBuf>,
+}
+
+impl StoreArgument {
+    /// The store that the command line names, or the VNE's config, or the
+    /// usual one.
+    fn resolve(&self, host: &Host, vne: Option<&Name>) -> Result<PathBuf, Failure> {
+        if let Some(store) = &self.store {
+            return Ok(store.clone());
+        }
+        let configured = match vne {
+            Some(vne) => config::VneConfig::find(host, vne)?.and_then(|config| config.store),
+            None => None,
+        };
+        Ok(configured.unwrap_or_else(|| PathBuf::from(crate::image::DEFAULT_ROOT)))
+    }
+}
+
+/// `VNE` or `VNE@ID`: a snapshot, the newest if none is named.
+#[derive(Debug, Clone)]
+struct SnapshotName {
+    vne: Name,
+    id: Option<SnapshotId>,
+}
+
+impl std::str::FromStr for SnapshotName {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (vne, id) = match text.split_once('@') {
+            Some((vne, "latest")) => (vne, None),
+            Some((vne, id)) => (vne, Some(id.parse().map_err(|e| format!("{e}"))?)),
+            None => (text, None),
+        };
+        let vne = Name::new(vne).map_err(|error| sentence(&error))?;
+        Ok(Self { vne, id })
+    }
+}
+
+impl SnapshotName {
+    fn open(&self, store: &std::path::Path) -> Result<Snapshot, Failure> {
+        let catalogue = Store::open(store)?.catalogue();
+        Ok(match &self.id {
+            Some(id) => catalogue.get(&self.vne, id)?,
+            None => catalogue.newest(&self.vne)?,
+        })
+    }
+}
+
+/// Prints for people, and stays quiet when the reader has gone.
+fn print(text: &str) -> Result<(), Failure> {
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        other => Ok(other?),
+    }
+}
+
+/// Prints for scripts.
+fn print_json(value: &impl serde::Serialize) -> Result<(), Failure> {
+    let mut text = serde_json::to_string_pretty(value)?;
+    text.push('\n');
+    print(&text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        use clap::CommandFactory;
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn snapshot_names() {
+        let parse = |text: &str| text.parse::<SnapshotName>();
+        assert!(parse("lab").is_ok_and(|name| name.id.is_none()));
+        assert!(parse("lab@latest").is_ok_and(|name| name.id.is_none()));
+        assert!(parse("lab@20261121T023652Z-2").is_ok_and(|name| name.id.is_some()));
+        for bad in ["", "@", "lab@", "../etc", "lab@yesterday"] {
+            assert!(parse(bad).is_err(), "{bad}");
+        }
+    }
+}

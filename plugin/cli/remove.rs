@@ -1,0 +1,41 @@
+//! `xl vne-snapshot remove`.
+
+use super::{print, Failure, Host, SnapshotName, StoreArgument};
+use crate::image::Store;
+
+/// Delete snapshots. Other snapshots stay as they are.
+#[derive(Debug, clap::Args)]
+pub struct Arguments {
+    /// The snapshots, each as VNE@ID (VNE@latest is the newest)
+    #[arg(required = true, value_name = "VNE@ID")]
+    snapshots: Vec<String>,
+    /// Say what would be deleted, and delete nothing (as 'xl -N')
+    #[arg(short = 'N', long)]
+    dry_run: bool,
+    #[command(flatten)]
+    store: StoreArgument,
+}
+
+/// Runs the verb.
+pub fn run(host: &Host, arguments: &Arguments) -> Result<(), Failure> {
+    for text in &arguments.snapshots {
+        if !text.contains('@') {
+            return Err(
+                format!("'{text}' names no snapshot: write {text}@ID or {text}@latest").into(),
+            );
+        }
+        let name: SnapshotName = text.parse()?;
+        let store = arguments.store.resolve(host, Some(&name.vne))?;
+        let id = match &name.id {
+            Some(id) => id.clone(),
+            None => name.open(&store)?.manifest().id.clone(),
+        };
+        if arguments.dry_run || host.dry_run {
+            Store::open(&store)?.catalogue().get(&name.vne, &id)?;
+            print(&format!("Would remove {}@{id}.\n", name.vne))?;
+        } else {
+            Store::open(&store)?.catalogue().remove(&name.vne, &id)?;
+        }
+    }
+    Ok(())
+}

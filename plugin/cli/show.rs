@@ -1,0 +1,71 @@
+//! `xl vne-snapshot show`.
+
+use super::units::{bytes, ms, table};
+use super::{print, print_json, Failure, Host, SnapshotName, StoreArgument};
+use crate::image::Manifest;
+
+/// Show one snapshot: when, of what, and how long the members were down.
+#[derive(Debug, clap::Args)]
+pub struct Arguments {
+    /// VNE, for the newest one, or VNE@ID
+    snapshot: SnapshotName,
+    /// Print the manifest as JSON
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    store: StoreArgument,
+}
+
+/// Runs the verb.
+pub fn run(host: &Host, arguments: &Arguments) -> Result<(), Failure> {
+    let store = arguments
+        .store
+        .resolve(host, Some(&arguments.snapshot.vne))?;
+    let snapshot = arguments.snapshot.open(&store)?;
+    if arguments.json {
+        print_json(snapshot.manifest())
+    } else {
+        print(&describe(snapshot.manifest()))
+    }
+}
+
+/// The summary that `take` prints too.
+pub fn describe(manifest: &Manifest) -> String {
+    let mut rows = vec![[
+        "MEMBER", "TYPE", "MEMORY", "DOWNTIME", "SUSPEND", "PAGES", "STATE", "RESUME", "ROUNDS",
+        "SENT", "LAST", "STORED",
+    ]
+    .map(String::from)
+    .to_vec()];
+    for member in &manifest.members {
+        let downtime = &member.downtime;
+        let stored: u64 = member.image.files.iter().map(|file| file.length).sum();
+        rows.push(vec![
+            member.name.to_string(),
+            format!("{:?}", member.domain_type).to_lowercase(),
+            bytes(member.memory_kib << 10),
+            ms(downtime.total_ns()),
+            ms(downtime.suspend_ns),
+            ms(downtime.last_pages_ns),
+            ms(downtime.device_state_ns),
+            ms(downtime.resume_ns),
+            member.rounds.to_string(),
+            member.pages_sent.to_string(),
+            member.pages_final_dirty.to_string(),
+            bytes(stored),
+        ]);
+    }
+    let label = manifest.label.as_ref().map(|label| format!(", '{label}'"));
+    format!(
+        "Snapshot {}@{} of {} on {} (Xen {}){}\n{}Skew {}, frames held for {}.\n",
+        manifest.vne,
+        manifest.id,
+        manifest.created,
+        manifest.host,
+        manifest.xen_version,
+        label.unwrap_or_default(),
+        table(&rows),
+        ms(manifest.cut.skew_ns),
+        ms(manifest.cut.hold_ns)
+    )
+}

@@ -1,0 +1,138 @@
+//! The hidden command: what the engine starts in processes of their own,
+//! because it needs libxl.
+
+use std::ffi::{c_int, OsString};
+use std::io::Write;
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand};
+
+use super::{start_log, Failure, Host};
+use crate::domain::recover::recover_domains;
+use crate::domain::worker::{self, Helpers};
+use crate::sentence::sentence;
+use crate::sidecar::guard;
+use crate::sidecar::journal::Register;
+
+/// Internal to xl vne-snapshot.
+#[derive(Debug, Parser)]
+#[command(name = "xl vne-worker", disable_help_subcommand = true)]
+struct Arguments {
+    #[command(subcommand)]
+    work: Work,
+}
+
+#[derive(Debug, Subcommand)]
+enum Work {
+    /// Capture one domain; orders and answers by the socket that is stdin
+    Capture { domain: String },
+    /// Wait for the take with this journal to end, and clean up after it
+    Guard { folder: PathBuf },
+    /// Clean up after all takes that were killed
+    Sweep,
+    /// Bring domains back to running, each given as DOMID=UUID
+    Recover { domains: Vec<String> },
+    /// Set domains running that were built paused
+    Release { domains: Vec<String> },
+}
+
+/// `xl vne-worker`.
+pub fn main(host: &Host, arguments: Vec<OsString>) -> c_int {
+    start_log(host.verbosity);
+    let parsed = match Arguments::try_parse_from(arguments) {
+        Ok(parsed) => parsed,
+        Err(error) => {
+            let printed = error.print();
+            return if printed.is_ok() {
+                error.exit_code()
+            } else {
+                1
+            };
+        }
+    };
+    match run(host, &parsed.work) {
+        Ok(()) => 0,
+        Err(error) => {
+            log::error!("{}", sentence(error.as_ref()));
+            1
+        }
+    }
+}
+
+fn run(host: &Host, work: &Work) -> Result<(), Failure> {
+    match work {
+        Work::Capture { domain } => {
+            let helpers = Helpers::in_folder(&host.libexec_dir);
+            Ok(worker::run(&host.xl, domain, &helpers, take_stdin()?)?)
+        }
+        Work::Guard { folder } => {
+            outlive_the_take()?;
+            Ok(guard::watch(&host.xl, folder)?)
+        }
+        Work::Sweep => {
+            let register = Register::open(&host.run_dir)?;
+            Ok(register.sweep(|orphan| guard::clean_up(&host.xl, orphan))?)
+        }
+        Work::Recover { domains } => {
+            let parse = |text: &'_ String| -> Option<(u32, String)> {
+                let (domid, uuid) = text.split_once('=')?;
+                Some((domid.parse().ok()?, uuid.to_owned()))
+            };
+            let domains: Vec<_> = domains.iter().filter_map(parse).collect();
+            let domains: Vec<_> = domains
+                .iter()
+                .map(|(id, uuid)| (*id, uuid.as_str()))
+                .collect();
+            Ok(recover_domains(&host.xl, &domains)?)
+        }
+        Work::Release { domains } => release(host, domains),
+    }
+}
+
+/// All numbers are looked up first, so that nothing but the hypercalls lies
+/// between the first and the last domain.
+fn release(host: &Host, names: &[String]) -> Result<(), Failure> {
+    let mut domids = Vec::new();
+    for name in names {
+        domids.push(host.xl.find(name)?);
+    }
+    let mut result = Ok(());
+    for domid in domids {
+        if let Err(error) = host.xl.unpause(domid) {
+            log::error!("domain {domid}: {}", sentence(&error));
+            result = Err(error);
+        }
+    }
+    Ok(result?)
+}
+
+/// Makes stdin's socket our own and puts /dev/null in its place: a child must
+/// not keep it open, and the engine must see the end of it with this process.
+fn take_stdin() -> Result<UnixStream, Failure> {
+    let stdin = std::io::stdin();
+    let socket = rustix::io::fcntl_dupfd_cloexec(stdin.as_fd(), 3)?;
+    let null = std::fs::File::open("/dev/null")?;
+    // SAFETY: descriptor 0 is open (it was just duplicated) and isn't closed
+    // here: the value is leaked below.
+    let mut zero = unsafe { OwnedFd::from_raw_fd(0) };
+    let replaced = rustix::io::dup2(&null, &mut zero);
+    std::mem::forget(zero);
+    replaced?;
+    Ok(UnixStream::from(socket))
+}
+
+/// A signal or a hang-up that ends the take must not end its guard.
+fn outlive_the_take() -> Result<(), Failure> {
+    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+    for signal in [SIGHUP, SIGINT, SIGTERM] {
+        signal_hook::flag::register(signal, std::sync::Arc::default())?;
+    }
+    // Also not a 'killall xl'.
+    rustix::thread::set_name(c"vne-guard")?;
+    let mut ready = std::io::stdout();
+    ready.write_all(b"\n")?;
+    ready.flush()?;
+    Ok(())
+}

@@ -1,0 +1,207 @@
+//! The pre-copy policy: when a member has converged, how it hovers, when it
+//! is cut. Pure: statistics and time in, a step out.
+//!
+//! libxenguest asks twice per round (`send_memory_live` in `xg_sr_save.c`):
+//! before it sends the pages that a round found dirty, and after it has sent
+//! them, before it looks for new ones. Hovering is waiting at the second
+//! place: no page is in flight there, so a cut that comes meanwhile has only
+//! what the guest dirtied since the last look left to copy.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+/// What the policy aims at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PolicyConfig {
+    /// A member has converged when copying what is dirty would take at most
+    /// this long, in ns.
+    pub last_copy_ns_max: u64,
+    /// Shortest time between two looks at the dirty pages while hovering, ns.
+    pub hover_ns_min: u64,
+    /// Longest time between two looks, in ns.
+    pub hover_ns_max: u64,
+}
+
+impl Default for PolicyConfig {
+    fn default() -> Self {
+        Self {
+            last_copy_ns_max: 50_000_000,
+            hover_ns_min: 10_000_000,
+            hover_ns_max: 100_000_000,
+        }
+    }
+}
+
+/// What to do now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    /// Send the next round at once.
+    Continue,
+    /// Stay between two rounds until this time, or until the cut is called.
+    WaitUntil {
+        /// `CLOCK_MONOTONIC` time in ns.
+        time_ns: u64,
+    },
+}
+
+/// One finished round.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Round {
+    /// Number, from 0: the one that sends all memory.
+    pub iteration: u32,
+    /// Pages that it sent.
+    pub pages: u64,
+    /// How long sending took, in ns.
+    pub duration_ns: u64,
+}
+
+/// The state of one member's pre-copy.
+#[derive(Debug)]
+pub struct Policy {
+    config: PolicyConfig,
+    sending: Option<(u32, u64, u64)>,
+    per_page_ns: f64,
+    hover_ns: u64,
+    converged: bool,
+}
+
+impl Policy {
+    /// A member of which nothing has been sent.
+    pub fn new(config: PolicyConfig) -> Self {
+        Self {
+            config,
+            sending: None,
+            per_page_ns: 0.0,
+            hover_ns: config.hover_ns_max / 2,
+            converged: false,
+        }
+    }
+
+    /// Whether what is left would be copied within the aim.
+    pub fn converged(&self) -> bool {
+        self.converged
+    }
+
+    /// A round with `pages` dirty pages is about to be sent.
+    pub fn round_begins(&mut self, iteration: u32, pages: u64, now_ns: u64) {
+        if iteration > 0 && pages > 0 {
+            self.adapt_hover(pages);
+        }
+        self.sending = Some((iteration, pages, now_ns));
+    }
+
+    /// The round has been sent.
+    pub fn round_ends(&mut self, now_ns: u64) -> (Option<Round>, Step) {
+        let round = self
+            .sending
+            .take()
+            .map(|(iteration, pages, began_ns)| Round {
+                iteration,
+                pages,
+                duration_ns: now_ns.saturating_sub(began_ns),
+            });
+        if let Some(round) = round {
+            self.learn(round);
+        }
+        let step = if self.converged {
+            Step::WaitUntil {
+                time_ns: now_ns.saturating_add(self.hover_ns),
+            }
+        } else {
+            Step::Continue
+        };
+        (round, step)
+    }
+
+    fn learn(&mut self, round: Round) {
+        // The first round's speed is the best estimate that there is; later
+        // rounds are dominated by their fixed cost when they are small.
+        if round.iteration == 0 && round.pages > 0 {
+            self.per_page_ns = round.duration_ns as f64 / round.pages as f64;
+            return;
+        }
+        let copy_ns = round.pages as f64 * self.per_page_ns;
+        self.converged = copy_ns <= self.config.last_copy_ns_max as f64;
+    }
+
+    /// Each look re-arms dirty logging, which costs the guest time: look
+    /// rarely while little gets dirty, often while much does.
+    fn adapt_hover(&mut self, pages: u64) {
+        if !self.converged {
+            return;
+        }
+        let copy_ns = pages as f64 * self.per_page_ns;
+        // Aim at a tenth of the allowed last copy.
+        let aim_ns = self.config.last_copy_ns_max as f64 / 10.0;
+        let factor = (aim_ns / copy_ns.max(1.0)).clamp(0.5, 2.0);
+        let next = (self.hover_ns as f64 * factor) as u64;
+        self.hover_ns = next.clamp(self.config.hover_ns_min, self.config.hover_ns_max);
+    }
+}
+
+/// The policy's config in the units of the command line.
+impl PolicyConfig {
+    /// With another aim for the last copy.
+    pub fn with_last_copy(mut self, aim: Duration) -> Self {
+        self.last_copy_ns_max = u64::try_from(aim.as_nanos()).unwrap_or(u64::MAX);
+        self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: u64 = 1_000_000;
+
+    fn round(policy: &mut Policy, now: &mut u64, iteration: u32, pages: u64) -> Step {
+        policy.round_begins(iteration, pages, *now);
+        *now += pages * 10_000;
+        let (_, step) = policy.round_ends(*now);
+        if let Step::WaitUntil { time_ns } = step {
+            *now = time_ns;
+        }
+        step
+    }
+
+    #[test]
+    fn the_first_round_alone_never_counts_as_converged() {
+        let mut policy = Policy::new(PolicyConfig::default());
+        let mut now = 0;
+        assert_eq!(round(&mut policy, &mut now, 0, 100), Step::Continue);
+        assert!(!policy.converged());
+    }
+
+    #[test]
+    fn hovers_when_little_is_left_and_goes_on_when_much_is() {
+        let mut policy = Policy::new(PolicyConfig::default());
+        let mut now = 0;
+        round(&mut policy, &mut now, 0, 65_536);
+        // 10 us a page: 20,000 pages take 200 ms.
+        assert_eq!(round(&mut policy, &mut now, 1, 20_000), Step::Continue);
+        assert!(matches!(
+            round(&mut policy, &mut now, 2, 100),
+            Step::WaitUntil { .. }
+        ));
+        assert!(policy.converged());
+        assert_eq!(round(&mut policy, &mut now, 3, 20_000), Step::Continue);
+        assert!(!policy.converged());
+    }
+
+    #[test]
+    fn hover_interval_stays_in_its_bounds() {
+        let config = PolicyConfig::default();
+        let mut policy = Policy::new(config);
+        let mut now = 0;
+        round(&mut policy, &mut now, 0, 65_536);
+        for (pages, bound) in [(4_000, config.hover_ns_min), (1, config.hover_ns_max)] {
+            for iteration in 1..20 {
+                round(&mut policy, &mut now, iteration, pages);
+            }
+            let before = now;
+            round(&mut policy, &mut now, 20, pages);
+            assert_eq!(now - before - pages * 10_000, bound, "{} ms", bound / MS);
+        }
+    }
+}

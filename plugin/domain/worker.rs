@@ -1,0 +1,456 @@
+//! The worker process: captures one domain, once.
+//!
+//! Three threads beside each other: the main one sits in libxl, one reads the
+//! stream into the image, one answers the save helper's policy questions. The
+//! engine's orders arrive by a fourth.
+//!
+//! Whatever goes wrong, the guest runs when the worker has ended: what libxl
+//! suspended is resumed here; what a killed worker leaves, [`super::recover`]
+//! finds.
+
+use std::io::{self, BufReader};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use rustix::pipe::PipeFlags;
+
+use super::messages::{self, Command, CutTimes, Event};
+use super::policy::{Policy, PolicyConfig, Step};
+use super::policy_wire::{self, Decision, Said, Socket};
+use super::recover::recover_domain;
+use super::xl::Xl;
+use super::DomainFacts;
+use crate::clock::now_ns;
+use crate::image::{MemberHandle, MemberWriter, Name, WriterOptions};
+use crate::sentence::sentence;
+use crate::stream::{Ingest, Page, PageType, Place, Sink, XcHeader};
+
+/// As much as an unprivileged pipe may hold: the helper rarely waits for us.
+const PIPE_BYTES: usize = 1 << 20;
+
+/// Where the programs of c-shim are.
+#[derive(Debug, Clone)]
+pub struct Helpers {
+    /// Runs the stock helper with the policy preloaded.
+    pub save_helper: std::path::PathBuf,
+    /// The shared object with the policy.
+    pub save_policy: std::path::PathBuf,
+    /// libxl's own save helper.
+    pub stock_save_helper: std::path::PathBuf,
+}
+
+impl Helpers {
+    /// All three stand beside each other in Xen's private programs' folder.
+    pub fn in_folder(folder: &Path) -> Self {
+        Self {
+            save_helper: folder.join("vne-save-helper"),
+            save_policy: folder.join("vne-save-policy.so"),
+            stock_save_helper: folder.join("libxl-save-helper"),
+        }
+    }
+
+    /// A missing file would show as a helper that dies for no reason.
+    fn check(&self) -> Result<(), String> {
+        for path in [
+            &self.save_helper,
+            &self.save_policy,
+            &self.stock_save_helper,
+        ] {
+            if let Err(error) = std::fs::metadata(path) {
+                return Err(format!(
+                    "{}: {error} (is xl-vne installed whole?)",
+                    path.display()
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The last order that the engine gave. Orders only ever advance.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Order {
+    Precopy,
+    Cut,
+    Finalise,
+    Abort,
+}
+
+/// The engine's orders, as the other threads see them.
+struct Orders {
+    last: Mutex<Order>,
+    changed: Condvar,
+}
+
+impl Orders {
+    fn lock(&self) -> MutexGuard<'_, Order> {
+        // A poisoned order is still an order: it is a plain value.
+        self.last
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    fn advance(&self, order: Order) {
+        let mut last = self.lock();
+        *last = order.max(*last);
+        self.changed.notify_all();
+    }
+
+    fn now(&self) -> Order {
+        *self.lock()
+    }
+
+    /// Waits until there is another order than `Precopy`, or until the time.
+    fn wait_past_precopy(&self, until_ns: u64) -> Order {
+        let mut last = self.lock();
+        loop {
+            let left = until_ns.saturating_sub(now_ns());
+            if *last != Order::Precopy || left == 0 {
+                return *last;
+            }
+            let waited = self.changed.wait_timeout(last, Duration::from_nanos(left));
+            last = waited.unwrap_or_else(|poisoned| poisoned.into_inner()).0;
+        }
+    }
+
+    fn wait_past_cut(&self) -> Order {
+        let mut last = self.lock();
+        while *last <= Order::Cut {
+            let waited = self.changed.wait(last);
+            last = waited.unwrap_or_else(|poisoned| poisoned.into_inner());
+        }
+        *last
+    }
+}
+
+/// Runs the worker for the domain called `name`; `engine` is the socket to the
+/// engine. Everything that can be told goes through it, so the result only
+/// says whether to exit 0.
+pub fn run(xl: &Xl, name: &str, helpers: &Helpers, engine: UnixStream) -> Result<(), String> {
+    let said = prepare_and_capture(xl, name, helpers, &engine);
+    if let Err(why) = &said {
+        let failed = Event::Failed { why: why.clone() };
+        // The engine may be the reason, and gone.
+        if let Err(error) = messages::send(&engine, &failed) {
+            log::debug!("cannot report a failure: {error}");
+        }
+    }
+    said
+}
+
+fn prepare_and_capture(
+    xl: &Xl,
+    name: &str,
+    helpers: &Helpers,
+    engine: &UnixStream,
+) -> Result<(), String> {
+    helpers.check()?;
+    let facts = xl.examine(name).map_err(|error| sentence(&error))?;
+    let prepared = Event::Prepared {
+        facts: Box::new(facts.clone()),
+        xen_version: xl.xen_version(),
+    };
+    messages::send(engine, &prepared).map_err(|error| sentence(&error))?;
+
+    let mut orders_in = BufReader::new(engine.try_clone().map_err(|error| sentence(&error))?);
+    let first = messages::receive(&mut orders_in).map_err(|error| sentence(&error))?;
+    let Some(Command::Precopy {
+        directory,
+        policy,
+        final_buffer_bytes,
+    }) = first
+    else {
+        // Called off, or a dry run: nothing was touched.
+        return Ok(());
+    };
+    let orders = Arc::new(Orders {
+        last: Mutex::new(Order::Precopy),
+        changed: Condvar::new(),
+    });
+    follow_orders(orders_in, Arc::clone(&orders));
+    let options = WriterOptions {
+        held_bytes_max: final_buffer_bytes,
+    };
+    let member = Name::new(&facts.name).map_err(|error| sentence(&error))?;
+    let writer =
+        MemberWriter::create(&directory, &member, &options).map_err(|error| sentence(&error))?;
+    let (times, writer) = capture(xl, &facts, helpers, engine, &orders, policy, writer)?;
+    messages::send(engine, &Event::Cut(times)).map_err(|error| sentence(&error))?;
+
+    if orders.wait_past_cut() == Order::Abort {
+        return Ok(());
+    }
+    let stored = writer
+        .finish(&facts.config_json)
+        .map_err(|error| sentence(&error))?;
+    messages::send(engine, &Event::Stored(Box::new(stored))).map_err(|error| sentence(&error))
+}
+
+/// Reads the engine's orders in a thread of its own. The engine's end is an
+/// order too: abort.
+fn follow_orders(mut orders_in: BufReader<UnixStream>, orders: Arc<Orders>) {
+    std::thread::spawn(move || loop {
+        match messages::receive(&mut orders_in) {
+            Ok(Some(Command::Cut)) => orders.advance(Order::Cut),
+            Ok(Some(Command::Finalise)) => orders.advance(Order::Finalise),
+            Ok(Some(Command::Precopy { .. })) => log::warn!("a second order to begin"),
+            Ok(Some(Command::Abort) | None) | Err(_) => {
+                orders.advance(Order::Abort);
+                return;
+            }
+        }
+    });
+}
+
+/// Saves the domain live and sets it running again.
+fn capture(
+    xl: &Xl,
+    facts: &DomainFacts,
+    helpers: &Helpers,
+    engine: &UnixStream,
+    orders: &Arc<Orders>,
+    policy: PolicyConfig,
+    writer: MemberWriter,
+) -> Result<(CutTimes, MemberWriter), String> {
+    let (stream_out, stream_in) = stream_pipe().map_err(|error| sentence(&error))?;
+    let (socket, helper_end) = Socket::pair().map_err(|error| sentence(&error))?;
+    set_helper_environment(helpers, &helper_end);
+
+    let last_pages = LastPages {
+        writer: writer.handle(),
+        done_ns: Arc::default(),
+    };
+    let reader = spawn_reader(stream_out, writer, Arc::clone(&last_pages.done_ns));
+    let asker = Asker {
+        socket,
+        policy: Policy::new(policy),
+        orders: Arc::clone(orders),
+        last_pages: last_pages.clone(),
+        engine: engine.try_clone().map_err(|error| sentence(&error))?,
+        times: CutTimes::default(),
+        stopped: false,
+    };
+    let asker = std::thread::spawn(move || asker.serve());
+
+    let saved = xl.suspend_live(facts.domid, stream_in.as_fd());
+    let saved_ns = now_ns();
+    let resumed = run_again(xl, facts, saved.is_ok());
+    let resumed_ns = now_ns();
+
+    // Both threads end with what they read from: the stream, the helper.
+    drop(stream_in);
+    drop(helper_end);
+    let asked = join(asker);
+    let read = join(reader);
+
+    resumed?;
+    // The reader's own failure is the cause of libxl's.
+    let writer = read?;
+    let asker = asked?;
+    if let Err(error) = saved {
+        return Err(if orders.now() == Order::Abort {
+            format!("{}: called off", facts.name)
+        } else {
+            format!("{}: {error}", facts.name)
+        });
+    }
+    if !asker.stopped {
+        return Err(format!("{}: saved without a suspend", facts.name));
+    }
+    let times = CutTimes {
+        pages_done_ns: last_pages.done_ns.load(Ordering::Relaxed),
+        final_pages: last_pages.writer.pages_final(),
+        saved_ns,
+        resumed_ns,
+        ..asker.times
+    };
+    Ok((times, writer))
+}
+
+/// The guest runs when this returns, or there is an error to shout about.
+fn run_again(xl: &Xl, facts: &DomainFacts, saved: bool) -> Result<(), String> {
+    let result = if saved {
+        xl.resume(facts.domid)
+    } else {
+        // The helper may have died between asking the guest and stopping it.
+        recover_domain(xl, facts.domid, &facts.uuid)
+    };
+    result.map_err(|error| {
+        format!(
+            "{}: IT MAY STILL BE SUSPENDED, see 'xl list': {error}",
+            facts.name
+        )
+    })
+}
+
+fn stream_pipe() -> io::Result<(OwnedFd, OwnedFd)> {
+    let (out, inn) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
+    if let Err(error) = rustix::pipe::fcntl_setpipe_size(&inn, PIPE_BYTES) {
+        // Slower, not wrong: the host limits what pipes may hold.
+        log::debug!("cannot enlarge the stream's pipe: {error}");
+    }
+    Ok((out, inn))
+}
+
+/// Must come before any other thread is started: the environment is not safe
+/// to change beside them.
+fn set_helper_environment(helpers: &Helpers, helper_end: &OwnedFd) {
+    use std::os::fd::AsRawFd;
+    std::env::set_var("LIBXL_SAVE_HELPER", &helpers.save_helper);
+    std::env::set_var("VNE_STOCK_SAVE_HELPER", &helpers.stock_save_helper);
+    std::env::set_var("VNE_SAVE_POLICY", &helpers.save_policy);
+    std::env::set_var(policy_wire::FD_ENV, helper_end.as_raw_fd().to_string());
+}
+
+fn join<T>(thread: JoinHandle<Result<T, String>>) -> Result<T, String> {
+    thread
+        .join()
+        .unwrap_or_else(|_| Err(String::from("a thread of the worker panicked")))
+}
+
+/// What the threads share about the pages that are sent while the guest stands.
+#[derive(Clone)]
+struct LastPages {
+    writer: MemberHandle,
+    /// When the last one had been read; 0 until then.
+    done_ns: Arc<AtomicU64>,
+}
+
+fn spawn_reader(
+    stream: OwnedFd,
+    writer: MemberWriter,
+    pages_done_ns: Arc<AtomicU64>,
+) -> JoinHandle<Result<MemberWriter, String>> {
+    std::thread::spawn(move || {
+        let mut sink = Observed {
+            writer,
+            pages_done_ns,
+        };
+        Ingest::new(std::fs::File::from(stream))
+            .run(&mut sink)
+            .map_err(|error| sentence(&error))?;
+        Ok(sink.writer)
+    })
+}
+
+/// The image writer, with a look at the clock.
+struct Observed {
+    writer: MemberWriter,
+    pages_done_ns: Arc<AtomicU64>,
+}
+
+impl Sink for Observed {
+    type Error = <MemberWriter as Sink>::Error;
+
+    fn xl_header(&mut self, legacy: bool) -> Result<(), Self::Error> {
+        self.writer.xl_header(legacy)
+    }
+
+    fn xc_header(&mut self, header: &XcHeader) -> Result<(), Self::Error> {
+        self.writer.xc_header(header)
+    }
+
+    fn record(&mut self, place: Place, record_type: u32, body: &[u8]) -> Result<(), Self::Error> {
+        if place == Place::XcAfter && self.pages_done_ns.load(Ordering::Relaxed) == 0 {
+            self.pages_done_ns.store(now_ns(), Ordering::Relaxed);
+        }
+        self.writer.record(place, record_type, body)
+    }
+
+    fn page(
+        &mut self,
+        pfn: u64,
+        page_type: PageType,
+        data: Option<&Page>,
+    ) -> Result<(), Self::Error> {
+        self.writer.page(pfn, page_type, data)
+    }
+
+    fn end(&mut self) -> Result<(), Self::Error> {
+        self.writer.end()
+    }
+}
+
+/// Answers the save helper's questions.
+struct Asker {
+    socket: Socket,
+    policy: Policy,
+    orders: Arc<Orders>,
+    last_pages: LastPages,
+    engine: UnixStream,
+    times: CutTimes,
+    stopped: bool,
+}
+
+impl Asker {
+    fn serve(mut self) -> Result<Self, String> {
+        loop {
+            let message = match self.socket.receive() {
+                Ok(Some(message)) => message,
+                Ok(None) => return Ok(self),
+                Err(error) => return Err(format!("the save helper's socket: {error}")),
+            };
+            match message.said {
+                Said::Ask {
+                    iteration,
+                    dirty_pages,
+                } => {
+                    let decision = self.decide(iteration, dirty_pages, message.time_ns);
+                    if decision == Decision::StopAndCopy {
+                        self.last_pages.writer.enter_final();
+                    }
+                    if let Err(error) = self.socket.answer(decision) {
+                        log::debug!("the save helper's socket: {error}");
+                    }
+                }
+                Said::Suspending => self.times.requested_ns = message.time_ns,
+                Said::Suspended { stopped } => {
+                    self.times.suspended_ns = message.time_ns;
+                    self.stopped = stopped;
+                }
+                Said::Saved { failed_errno } => {
+                    if let Some(errno) = failed_errno {
+                        let error = io::Error::from_raw_os_error(errno);
+                        log::info!("the save helper stopped: {error}");
+                    }
+                }
+            }
+        }
+    }
+
+    fn decide(&mut self, iteration: u32, dirty_pages: Option<u64>, now: u64) -> Decision {
+        if let Some(pages) = dirty_pages {
+            // Whatever the order, these have to be sent: they are the oldest.
+            self.policy.round_begins(iteration, pages, now);
+            return match self.orders.now() {
+                Order::Abort => Decision::Abort,
+                _ => Decision::Continue,
+            };
+        }
+        let (round, step) = self.policy.round_ends(now);
+        if let Some(round) = round {
+            let told = Event::Round {
+                round,
+                converged: self.policy.converged(),
+            };
+            if messages::send(&self.engine, &told).is_err() {
+                return Decision::Abort;
+            }
+        }
+        let order = match step {
+            Step::Continue => self.orders.now(),
+            Step::WaitUntil { time_ns } => self.orders.wait_past_precopy(time_ns),
+        };
+        match order {
+            Order::Precopy => Decision::Continue,
+            Order::Cut => Decision::StopAndCopy,
+            // Finalise can't come before a cut.
+            Order::Finalise | Order::Abort => Decision::Abort,
+        }
+    }
+}

@@ -1,0 +1,350 @@
+//! libxl as this program uses it: a thin, safe face over `libxl-sys`. All
+//! `unsafe` that concerns domains is here.
+
+use std::ffi::{CStr, CString};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use libxl_sys as sys;
+
+use super::DomainFacts;
+
+extern "C" {
+    /// `c-shim/recover.h`.
+    fn vne_cancel_suspend_request(domid: u32) -> libc::c_int;
+    /// `c-shim/recover.h`.
+    fn vne_logdirty_off(domid: u32) -> libc::c_int;
+}
+
+/// What can go wrong with a domain.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// There is no such domain.
+    #[error("no domain is called '{0}' (see 'xl list')")]
+    NoSuchDomain(String),
+    /// There was such a domain, or its number is another domain's now.
+    #[error("domain {0} is gone")]
+    Gone(u32),
+    /// It can't be captured in the state that it is in.
+    #[error("domain '{name}' is {state}: {way_out}")]
+    State {
+        /// The domain.
+        name: String,
+        /// Its state, as an adjective.
+        state: &'static str,
+        /// What the admin can do about it.
+        way_out: &'static str,
+    },
+    /// Its configuration can't be used.
+    #[error("{0}")]
+    Config(String),
+    /// libxl reported a failure.
+    #[error("libxl cannot {what}: {name} ({code})")]
+    Libxl {
+        /// The call, as a verb phrase.
+        what: &'static str,
+        /// libxl's name of the error.
+        name: &'static str,
+        /// libxl's number of it.
+        code: i32,
+    },
+    /// A system call below libxl failed.
+    #[error("cannot {what}")]
+    System {
+        /// What was tried, as a verb phrase.
+        what: &'static str,
+        /// Why it failed.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// Where a domain stands right now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DomainState {
+    /// Its UUID in the usual notation.
+    pub uuid: String,
+    /// Its memory in KiB.
+    pub memory_kib: u64,
+    /// Paused by a toolstack.
+    pub paused: bool,
+    /// On its way out.
+    pub dying: bool,
+    /// Shut down for whatever reason, suspended included.
+    pub shutdown: bool,
+    /// Shut down by its answer to a suspend request.
+    pub suspended: bool,
+}
+
+/// The libxl context that xl made for this process.
+pub struct Xl {
+    ctx: *mut sys::libxl_ctx,
+}
+
+impl Xl {
+    /// Takes the context of the host table.
+    ///
+    /// # Safety
+    ///
+    /// `ctx` is a live libxl context that stays so for as long as the value is
+    /// used, and no other thread uses it meanwhile except under libxl's own
+    /// locking.
+    pub unsafe fn from_host(ctx: *mut sys::libxl_ctx) -> Option<Self> {
+        (!ctx.is_null()).then_some(Self { ctx })
+    }
+
+    /// The number of the domain with this name.
+    pub fn find(&self, name: &str) -> Result<u32, Error> {
+        let absent = || Error::NoSuchDomain(name.to_owned());
+        let c_name = CString::new(name).map_err(|_| absent())?;
+        let mut domid = 0;
+        // SAFETY: ctx is live (from_host); the name is NUL-terminated and
+        // domid is writable, both for the whole call.
+        let rc = unsafe { sys::libxl_name_to_domid(self.ctx, c_name.as_ptr(), &mut domid) };
+        if rc == 0 {
+            Ok(domid)
+        } else {
+            Err(absent())
+        }
+    }
+
+    /// The state of a domain.
+    pub fn state(&self, domid: u32) -> Result<DomainState, Error> {
+        let mut info = MaybeUninit::<sys::libxl_dominfo>::uninit();
+        // SAFETY: libxl_dominfo_init writes every field of the struct.
+        unsafe { sys::libxl_dominfo_init(info.as_mut_ptr()) };
+        // SAFETY: ctx is live; info is initialised and stays in place.
+        let rc = unsafe { sys::libxl_domain_info(self.ctx, info.as_mut_ptr(), domid) };
+        // SAFETY: initialised above, and libxl keeps it valid on failure too.
+        let mut info = unsafe { info.assume_init() };
+        let state = DomainState {
+            uuid: format_uuid(&info.uuid.uuid),
+            memory_kib: info.current_memkb.saturating_add(info.outstanding_memkb),
+            paused: info.paused,
+            dying: info.dying,
+            shutdown: info.shutdown,
+            suspended: info.shutdown && info.shutdown_reason == sys::LIBXL_SHUTDOWN_REASON_SUSPEND,
+        };
+        // SAFETY: info was initialised by libxl and is disposed of once.
+        unsafe { sys::libxl_dominfo_dispose(&mut info) };
+        match rc {
+            0 => Ok(state),
+            sys::ERROR_DOMAIN_NOTFOUND => Err(Error::Gone(domid)),
+            code => Err(failed("read a domain's state", code)),
+        }
+    }
+
+    /// Everything that is known of a domain, and that it can be captured.
+    pub fn examine(&self, name: &str) -> Result<DomainFacts, Error> {
+        let domid = self.find(name)?;
+        let unfit = |state, way_out| Error::State {
+            name: name.to_owned(),
+            state,
+            way_out,
+        };
+        if domid == 0 {
+            return Err(unfit("the host's own", "it can't be a member"));
+        }
+        let state = self.state(domid)?;
+        if state.dying {
+            return Err(unfit("dying", "wait until it is gone from 'xl list'"));
+        }
+        if state.suspended {
+            return Err(unfit(
+                "suspended",
+                "another save or migration is under way, or one has failed; \
+                 wait for it, or destroy the domain",
+            ));
+        }
+        if state.shutdown {
+            return Err(unfit("shut down", "it has no running guest to capture"));
+        }
+        if state.paused {
+            return Err(unfit(
+                "paused",
+                "a guest has to run to answer a suspend request ('xl unpause')",
+            ));
+        }
+        let json = self.config_json(domid)?;
+        let mut facts =
+            DomainFacts::from_config(domid, state.memory_kib, json).map_err(Error::Config)?;
+        // Both come from the hypervisor, as the check in recover does.
+        facts.uuid = state.uuid;
+        facts.name = name.to_owned();
+        Ok(facts)
+    }
+
+    fn config_json(&self, domid: u32) -> Result<String, Error> {
+        let mut config = MaybeUninit::<sys::libxl_domain_config>::uninit();
+        // SAFETY: libxl_domain_config_init writes every field of the struct.
+        unsafe { sys::libxl_domain_config_init(config.as_mut_ptr()) };
+        // SAFETY: ctx is live; config is initialised; no ao_how means that
+        // the call is synchronous.
+        let rc = unsafe {
+            sys::libxl_retrieve_domain_configuration(
+                self.ctx,
+                domid,
+                config.as_mut_ptr(),
+                std::ptr::null(),
+            )
+        };
+        let json = if rc == 0 {
+            // SAFETY: ctx is live and config was filled in by libxl.
+            let text = unsafe { sys::libxl_domain_config_to_json(self.ctx, config.as_mut_ptr()) };
+            take_string(text).ok_or_else(|| failed("print a configuration", sys::ERROR_FAIL))
+        } else {
+            Err(failed("read a domain's configuration", rc))
+        };
+        // SAFETY: config was initialised by libxl and is disposed of once.
+        unsafe { sys::libxl_domain_config_dispose(config.as_mut_ptr()) };
+        json
+    }
+
+    /// Saves a running domain into `stream`; returns when the guest is
+    /// suspended and the stream is complete. libxl forks its save helper.
+    pub fn suspend_live(&self, domid: u32, stream: BorrowedFd<'_>) -> Result<(), Error> {
+        // SAFETY: ctx is live, the descriptor is open for the whole call, and
+        // no ao_how means that the call is synchronous.
+        let rc = unsafe {
+            sys::libxl_domain_suspend(
+                self.ctx,
+                domid,
+                stream.as_raw_fd(),
+                sys::LIBXL_SUSPEND_LIVE as libc::c_int,
+                std::ptr::null(),
+            )
+        };
+        check("save the domain", rc)
+    }
+
+    /// Lets a suspended domain run on where it is.
+    pub fn resume(&self, domid: u32) -> Result<(), Error> {
+        // SAFETY: ctx is live; 1 asks for the guest's fast resume, in place;
+        // no ao_how means that the call is synchronous.
+        let rc = unsafe { sys::libxl_domain_resume(self.ctx, domid, 1, std::ptr::null()) };
+        check("resume the domain", rc)
+    }
+
+    /// Lets a domain that was built paused run.
+    pub fn unpause(&self, domid: u32) -> Result<(), Error> {
+        // SAFETY: ctx is live; no ao_how means that the call is synchronous.
+        let rc = unsafe { sys::libxl_domain_unpause(self.ctx, domid, std::ptr::null()) };
+        check("unpause the domain", rc)
+    }
+
+    /// Destroys a domain.
+    pub fn destroy(&self, domid: u32) -> Result<(), Error> {
+        // SAFETY: ctx is live; no ao_how means that the call is synchronous.
+        let rc = unsafe { sys::libxl_domain_destroy(self.ctx, domid, std::ptr::null()) };
+        check("destroy the domain", rc)
+    }
+
+    /// Takes an unanswered suspend request back. `true` if there was one.
+    pub fn cancel_suspend_request(&self, domid: u32) -> Result<bool, Error> {
+        // SAFETY: takes a number and touches nothing of ours.
+        match unsafe { vne_cancel_suspend_request(domid) } {
+            0 => Ok(false),
+            1 => Ok(true),
+            _ => Err(system("take a suspend request back")),
+        }
+    }
+
+    /// Switches log-dirty mode off.
+    pub fn logdirty_off(&self, domid: u32) -> Result<(), Error> {
+        // SAFETY: takes a number and touches nothing of ours.
+        match unsafe { vne_logdirty_off(domid) } {
+            0 => Ok(()),
+            _ => Err(system("switch log-dirty mode off")),
+        }
+    }
+
+    /// The version of the hypervisor, such as `4.17.6-pre`.
+    pub fn xen_version(&self) -> String {
+        // SAFETY: ctx is live; the answer is libxl's, cached in ctx, and
+        // copied before anything else can touch it.
+        unsafe {
+            let info = sys::libxl_get_version_info(self.ctx);
+            if info.is_null() {
+                return String::from("unknown");
+            }
+            let extra = (*info).xen_version_extra;
+            let extra = if extra.is_null() {
+                String::new()
+            } else {
+                CStr::from_ptr(extra).to_string_lossy().into_owned()
+            };
+            format!(
+                "{}.{}{extra}",
+                (*info).xen_version_major,
+                (*info).xen_version_minor
+            )
+        }
+    }
+}
+
+fn check(what: &'static str, rc: libc::c_int) -> Result<(), Error> {
+    if rc == 0 {
+        Ok(())
+    } else {
+        Err(failed(what, rc))
+    }
+}
+
+fn failed(what: &'static str, code: i32) -> Error {
+    let name = match code {
+        sys::ERROR_FAIL => "failed",
+        sys::ERROR_NOMEM => "out of memory",
+        sys::ERROR_INVAL => "invalid argument",
+        sys::ERROR_GUEST_TIMEDOUT => "the guest did not answer in time",
+        sys::ERROR_TIMEDOUT => "timed out",
+        sys::ERROR_LOCK_FAIL => "the domain is locked",
+        sys::ERROR_DOMAIN_NOTFOUND => "no such domain",
+        sys::ERROR_ABORTED => "aborted",
+        _ => "error",
+    };
+    Error::Libxl { what, name, code }
+}
+
+fn system(what: &'static str) -> Error {
+    Error::System {
+        what,
+        source: std::io::Error::last_os_error(),
+    }
+}
+
+/// Copies and frees a string that libxl allocated.
+fn take_string(text: *mut libc::c_char) -> Option<String> {
+    if text.is_null() {
+        return None;
+    }
+    // SAFETY: not NULL, NUL-terminated and allocated with malloc for the
+    // caller to free (libxl.h); copied before it's freed, once.
+    unsafe {
+        let copy = CStr::from_ptr(text).to_string_lossy().into_owned();
+        libc::free(text.cast());
+        Some(copy)
+    }
+}
+
+fn format_uuid(bytes: &[u8; 16]) -> String {
+    let mut text = String::with_capacity(36);
+    for (at, byte) in bytes.iter().enumerate() {
+        if matches!(at, 4 | 6 | 8 | 10) {
+            text.push('-');
+        }
+        text.push_str(&format!("{byte:02x}"));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn uuid_has_its_hyphens_where_xl_prints_them() {
+        let bytes = std::array::from_fn(|at| at as u8);
+        assert_eq!(
+            super::format_uuid(&bytes),
+            "00010203-0405-0607-0809-0a0b0c0d0e0f"
+        );
+    }
+}

@@ -1,0 +1,418 @@
+//! A hold: one vif's outgoing frames wait in this dom0, none lost, in order.
+//!
+//! ```text
+//! vifD.N ingress ── matchall, mirred redirect ──► vnehD.N (ifb) ── plug ──► back to the vif's
+//!                   every protocol                                          normal way in
+//! ```
+//!
+//! Remus does the same for IPv4 alone; ARP and IPv6 would slip by. The link
+//! never goes down: that would purge the guest's neighbours and routes.
+//!
+//! A hold is built open ([`Hold::prepare`]), so that blocking and releasing
+//! are one netlink message each. It is kernel state that outlives this
+//! process, so a [`HoldRecord`] of it is written down before it is built.
+
+use std::time::{Duration, Instant};
+
+use netlink_packet_core::{DefaultNla, NLM_F_CREATE, NLM_F_EXCL};
+use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
+use netlink_packet_route::tc::{
+    TcAction, TcActionAttribute, TcActionGeneric, TcActionMirrorOption, TcActionOption,
+    TcActionType, TcAttribute, TcFilterMatchAllOption, TcHandle, TcMessage, TcMirror,
+    TcMirrorActionType, TcOption, TcStats2,
+};
+use netlink_packet_route::RouteNetlinkMessage;
+use serde::{Deserialize, Serialize};
+
+use super::{Error, Rtnl};
+
+/// Names of our ifb devices start with this.
+pub const IFB_PREFIX: &str = "vneh";
+
+/// `ETH_P_ALL` in network byte order below a priority of 1: `tcm_info` of the
+/// filter (rtnetlink(7), `TC_H_MAKE`).
+const FILTER_INFO: u32 = (1 << 16) | (0x0003_u16.to_be() as u32);
+const TCA_OPTIONS: u16 = 2;
+/// How long a released queue may take to run empty before it's torn down.
+const DRAIN_MAX: Duration = Duration::from_secs(2);
+
+/// `struct tc_plug_qopt` (linux/pkt_sched.h): what a plug qdisc can be told.
+#[derive(Clone, Copy)]
+enum Plug {
+    Block = 0,
+    ReleaseIndefinite = 2,
+    Limit = 3,
+}
+
+/// All that is needed to take a hold down, also in another process.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HoldRecord {
+    /// The vif in dom0, such as `vif3.0`.
+    pub vif: String,
+    /// Our ifb device.
+    pub ifb: String,
+}
+
+impl HoldRecord {
+    /// The record of the hold for one vif of a domain.
+    pub fn new(domid: u32, devid: u32, vif: &str) -> Self {
+        Self {
+            vif: vif.to_owned(),
+            ifb: format!("{IFB_PREFIX}{domid}.{devid}"),
+        }
+    }
+
+    /// Whether this can be a record of ours. Records are read back from a
+    /// file, and taking a hold down deletes the devices that it names.
+    pub fn is_plausible(&self) -> bool {
+        let name_fits = |name: &str| !name.is_empty() && name.len() < libc::IFNAMSIZ;
+        name_fits(&self.vif) && name_fits(&self.ifb) && self.ifb.starts_with(IFB_PREFIX)
+    }
+
+    /// Lets go of what is held and removes every trace. What is already gone
+    /// is no error, so this can be repeated.
+    pub fn remove(&self, rtnl: &mut Rtnl) -> Result<(), Error> {
+        if let Some(ifb_index) = index_of(&self.ifb) {
+            absent_is_fine(plug(rtnl, &self.ifb, ifb_index, Plug::ReleaseIndefinite, 0))?;
+            wait_drained(rtnl, &self.ifb, ifb_index);
+            if let Some(vif_index) = index_of(&self.vif) {
+                // Only if the ifb is there: otherwise the ingress qdisc isn't ours.
+                absent_is_fine(rtnl.ack(
+                    &format!("remove the ingress qdisc of {}", self.vif),
+                    RouteNetlinkMessage::DelQueueDiscipline(ingress_message(vif_index)),
+                    0,
+                ))?;
+            }
+            wait_drained(rtnl, &self.ifb, ifb_index);
+            let mut link = LinkMessage::default();
+            link.header.index = ifb_index;
+            absent_is_fine(rtnl.ack(
+                &format!("remove {}", self.ifb),
+                RouteNetlinkMessage::DelLink(link),
+                0,
+            ))?;
+        }
+        Ok(())
+    }
+}
+
+/// What the queue has counted since the hold was built.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HoldCounters {
+    /// Frames waiting.
+    pub queued_frames: u32,
+    /// Bytes waiting.
+    pub queued_bytes: u32,
+    /// Frames that found the queue full.
+    pub dropped_frames: u32,
+}
+
+/// A hold that has been built.
+#[derive(Debug)]
+pub struct Hold {
+    record: HoldRecord,
+    ifb_index: u32,
+    limit_bytes: u32,
+}
+
+impl Hold {
+    /// Builds the hold open: frames take the way through it, and none waits.
+    pub fn prepare(rtnl: &mut Rtnl, record: &HoldRecord, limit_bytes: u32) -> Result<Self, Error> {
+        let vif_index = require_index(&record.vif)?;
+        if has_ingress(rtnl, vif_index)? {
+            return Err(Error::IngressTaken(record.vif.clone()));
+        }
+        match Self::build(rtnl, record, vif_index, limit_bytes) {
+            Ok(hold) => Ok(hold),
+            Err(error) => {
+                if let Err(undo) = record.remove(rtnl) {
+                    log::warn!("{}: {undo}", record.vif);
+                }
+                Err(error)
+            }
+        }
+    }
+
+    fn build(
+        rtnl: &mut Rtnl,
+        record: &HoldRecord,
+        vif_index: u32,
+        limit_bytes: u32,
+    ) -> Result<Self, Error> {
+        let ifb = &record.ifb;
+        let mut link = LinkMessage::default();
+        link.header.flags = LinkFlags::Up;
+        link.header.change_mask = LinkFlags::Up;
+        link.attributes.push(LinkAttribute::IfName(ifb.clone()));
+        link.attributes
+            .push(LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Ifb)]));
+        rtnl.ack(
+            &format!("create {ifb} (is the kernel module 'ifb' there?)"),
+            RouteNetlinkMessage::NewLink(link),
+            NLM_F_CREATE | NLM_F_EXCL,
+        )?;
+        let ifb_index = require_index(ifb)?;
+
+        // Open before the first frame comes: a new plug holds.
+        rtnl.ack(
+            &format!("add a plug qdisc to {ifb} (is the kernel module 'sch_plug' there?)"),
+            RouteNetlinkMessage::NewQueueDiscipline(plug_message(
+                ifb_index,
+                Plug::Limit,
+                limit_bytes,
+            )),
+            NLM_F_CREATE | NLM_F_EXCL,
+        )?;
+        plug(rtnl, ifb, ifb_index, Plug::ReleaseIndefinite, 0)?;
+
+        rtnl.ack(
+            &format!("add an ingress qdisc to {}", record.vif),
+            RouteNetlinkMessage::NewQueueDiscipline(ingress_message(vif_index)),
+            NLM_F_CREATE | NLM_F_EXCL,
+        )?;
+        rtnl.ack(
+            &format!("redirect {} to {ifb}", record.vif),
+            RouteNetlinkMessage::NewTrafficFilter(redirect_message(vif_index, ifb_index)),
+            NLM_F_CREATE | NLM_F_EXCL,
+        )?;
+        Ok(Self {
+            record: record.clone(),
+            ifb_index,
+            limit_bytes,
+        })
+    }
+
+    /// The vif whose frames this holds.
+    pub fn vif(&self) -> &str {
+        &self.record.vif
+    }
+
+    /// From here on frames wait. One netlink message.
+    pub fn block(&self, rtnl: &mut Rtnl) -> Result<(), Error> {
+        plug(rtnl, &self.record.ifb, self.ifb_index, Plug::Block, 0)
+    }
+
+    /// Lets all waiting frames go, in order, and later ones pass.
+    pub fn release(&self, rtnl: &mut Rtnl) -> Result<(), Error> {
+        plug(
+            rtnl,
+            &self.record.ifb,
+            self.ifb_index,
+            Plug::ReleaseIndefinite,
+            0,
+        )
+    }
+
+    /// What waits, and what was lost.
+    pub fn counters(&self, rtnl: &mut Rtnl) -> Result<HoldCounters, Error> {
+        counters(rtnl, &self.record.ifb, self.ifb_index)
+    }
+
+    /// Fails if the queue ever overflowed: frames were lost, so the cut isn't
+    /// what it promises.
+    pub fn check_overflow(&self, counters: HoldCounters) -> Result<(), Error> {
+        if counters.dropped_frames == 0 {
+            return Ok(());
+        }
+        Err(Error::Overflow {
+            vif: self.record.vif.clone(),
+            limit_bytes: self.limit_bytes,
+            dropped: counters.dropped_frames,
+        })
+    }
+
+    /// Releases and removes the hold.
+    pub fn remove(self, rtnl: &mut Rtnl) -> Result<(), Error> {
+        self.record.remove(rtnl)
+    }
+}
+
+fn absent_is_fine(result: Result<(), Error>) -> Result<(), Error> {
+    match result {
+        Err(error) if error.is_absent() => Ok(()),
+        other => other,
+    }
+}
+
+fn index_of(name: &str) -> Option<u32> {
+    let name = std::ffi::CString::new(name).ok()?;
+    // SAFETY: the argument is a NUL-terminated string that outlives the call.
+    let index = unsafe { libc::if_nametoindex(name.as_ptr()) };
+    (index != 0).then_some(index)
+}
+
+fn require_index(name: &str) -> Result<u32, Error> {
+    index_of(name).ok_or_else(|| Error::Refused {
+        what: format!("find the interface {name}"),
+        source: std::io::Error::from_raw_os_error(libc::ENODEV),
+    })
+}
+
+fn plug(rtnl: &mut Rtnl, ifb: &str, index: u32, action: Plug, limit: u32) -> Result<(), Error> {
+    let what = match action {
+        Plug::Block => "hold frames in",
+        Plug::ReleaseIndefinite => "release the frames in",
+        Plug::Limit => "set the size of",
+    };
+    rtnl.ack(
+        &format!("{what} {ifb}"),
+        RouteNetlinkMessage::NewQueueDiscipline(plug_message(index, action, limit)),
+        0,
+    )
+}
+
+fn plug_message(index: u32, action: Plug, limit_bytes: u32) -> TcMessage {
+    let mut options = [0; 8];
+    options[..4].copy_from_slice(&(action as i32).to_ne_bytes());
+    options[4..].copy_from_slice(&limit_bytes.to_ne_bytes());
+    let mut message = TcMessage::with_index(index as i32);
+    message.header.parent = TcHandle::ROOT;
+    message.attributes = vec![
+        TcAttribute::Kind("plug".to_owned()),
+        // Raw, not nested: the library has no type for this qdisc.
+        TcAttribute::Other(DefaultNla::new(TCA_OPTIONS, options.to_vec())),
+    ];
+    message
+}
+
+fn ingress_message(vif_index: u32) -> TcMessage {
+    let mut message = TcMessage::with_index(vif_index as i32);
+    message.header.handle = TcHandle {
+        major: 0xffff,
+        minor: 0,
+    };
+    message.header.parent = TcHandle::INGRESS;
+    message.attributes = vec![TcAttribute::Kind("ingress".to_owned())];
+    message
+}
+
+fn redirect_message(vif_index: u32, ifb_index: u32) -> TcMessage {
+    let mut generic = TcActionGeneric::default();
+    generic.action = TcActionType::Stolen;
+    let mut mirror = TcMirror::default();
+    mirror.generic = generic;
+    mirror.eaction = TcMirrorActionType::EgressRedir;
+    mirror.ifindex = ifb_index;
+    let mut action = TcAction::default();
+    action.tab = 1;
+    action.attributes = vec![
+        TcActionAttribute::Kind("mirred".to_owned()),
+        TcActionAttribute::Options(vec![TcActionOption::Mirror(TcActionMirrorOption::Parms(
+            mirror,
+        ))]),
+    ];
+
+    let mut message = TcMessage::with_index(vif_index as i32);
+    message.header.parent = TcHandle {
+        major: 0xffff,
+        minor: 0,
+    };
+    message.header.info = FILTER_INFO;
+    message.attributes = vec![
+        TcAttribute::Kind("matchall".to_owned()),
+        TcAttribute::Options(vec![TcOption::MatchAll(TcFilterMatchAllOption::Action(
+            vec![action],
+        ))]),
+    ];
+    message
+}
+
+fn qdiscs(rtnl: &mut Rtnl, index: u32) -> Result<Vec<TcMessage>, Error> {
+    let request = TcMessage::with_index(index as i32);
+    let found = rtnl.dump(
+        "list qdiscs",
+        RouteNetlinkMessage::GetQueueDiscipline(request),
+    )?;
+    Ok(found
+        .into_iter()
+        .filter_map(|message| match message {
+            RouteNetlinkMessage::NewQueueDiscipline(qdisc)
+                if qdisc.header.index == index as i32 =>
+            {
+                Some(qdisc)
+            }
+            _ => None,
+        })
+        .collect())
+}
+
+fn has_ingress(rtnl: &mut Rtnl, vif_index: u32) -> Result<bool, Error> {
+    Ok(qdiscs(rtnl, vif_index)?
+        .iter()
+        .any(|qdisc| qdisc.header.parent == TcHandle::INGRESS))
+}
+
+fn counters(rtnl: &mut Rtnl, ifb: &str, index: u32) -> Result<HoldCounters, Error> {
+    let queue = qdiscs(rtnl, index)?
+        .into_iter()
+        .filter(|qdisc| qdisc.header.parent == TcHandle::ROOT)
+        .flat_map(|qdisc| qdisc.attributes)
+        .find_map(|attribute| match attribute {
+            TcAttribute::Stats2(stats) => stats.into_iter().find_map(|stat| match stat {
+                TcStats2::Queue(queue) => Some(queue),
+                _ => None,
+            }),
+            _ => None,
+        });
+    queue
+        .map(|queue| HoldCounters {
+            queued_frames: queue.qlen,
+            queued_bytes: queue.backlog,
+            dropped_frames: queue.drops,
+        })
+        .ok_or_else(|| Error::Answer(format!("the counters of {ifb}")))
+}
+
+/// Deleting a device purges its queue, so it has to be empty first.
+fn wait_drained(rtnl: &mut Rtnl, ifb: &str, index: u32) {
+    let start = Instant::now();
+    while start.elapsed() < DRAIN_MAX {
+        match counters(rtnl, ifb, index) {
+            Ok(counters) if counters.queued_frames > 0 => {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            _ => break,
+        }
+    }
+    // The ifb hands frames on from a tasklet, after they left the queue.
+    std::thread::sleep(Duration::from_millis(1));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use netlink_packet_core::Emitable;
+
+    fn bytes(message: &TcMessage) -> Vec<u8> {
+        let mut bytes = vec![0; message.buffer_len()];
+        message.emit(&mut bytes);
+        bytes
+    }
+
+    #[test]
+    fn filter_takes_every_protocol_not_only_ipv4() {
+        let bytes = bytes(&redirect_message(7, 9));
+        // tcm_info: priority 1 above, ETH_P_ALL in network order below.
+        assert_eq!(&bytes[16..20], &[0x00, 0x03, 0x01, 0x00]);
+    }
+
+    #[test]
+    fn plug_options_are_the_kernels_struct() {
+        let bytes = bytes(&plug_message(9, Plug::Limit, 0x0102_0304));
+        let tail = &bytes[bytes.len() - 12..];
+        assert_eq!(tail, &[12, 0, 2, 0, 3, 0, 0, 0, 4, 3, 2, 1]);
+    }
+
+    #[test]
+    fn a_record_from_a_file_cannot_name_a_device_that_is_not_ours() {
+        let record = HoldRecord::new(3, 0, "vif3.0");
+        assert!(record.is_plausible());
+        for ifb in ["eth0", "", "vneh-much-too-long-a-name"] {
+            let record = HoldRecord {
+                ifb: ifb.to_owned(),
+                ..record.clone()
+            };
+            assert!(!record.is_plausible(), "{ifb}");
+        }
+    }
+}

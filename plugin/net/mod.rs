@@ -1,0 +1,57 @@
+//! The members' network: holding their frames back while a cut is made.
+
+pub mod hold;
+mod rtnl;
+
+pub use hold::{Hold, HoldCounters, HoldRecord};
+pub use rtnl::Rtnl;
+
+/// What can go wrong between us and the kernel's network.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The netlink socket itself failed.
+    #[error("netlink")]
+    Socket(#[source] std::io::Error),
+    /// The kernel sent something that isn't an answer to what was asked.
+    #[error("netlink: unexpected answer to {0}")]
+    Answer(String),
+    /// The kernel refused one request.
+    #[error("cannot {what}")]
+    Refused {
+        /// The request, as an admin would say it.
+        what: String,
+        /// The kernel's reason.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The interface has a traffic control set-up of its own on ingress.
+    #[error(
+        "{0} already has an ingress or clsact qdisc; frames that are held would bypass its \
+         filters (remove it with 'tc qdisc del dev {0} ingress', or leave this domain out)"
+    )]
+    IngressTaken(String),
+    /// Held frames were dropped: the queue was too small.
+    #[error("{vif}: the hold queue of {limit_bytes} bytes overflowed, {dropped} frames dropped")]
+    Overflow {
+        /// Interface whose frames were held.
+        vif: String,
+        /// Size of the queue.
+        limit_bytes: u32,
+        /// Frames lost to it.
+        dropped: u32,
+    },
+}
+
+impl Error {
+    /// The kernel says that the object isn't there (any more).
+    pub fn is_absent(&self) -> bool {
+        let Error::Refused { source, .. } = self else {
+            return false;
+        };
+        // EINVAL: deleting an ingress qdisc from a device that has none.
+        matches!(
+            source.raw_os_error(),
+            Some(libc::ENODEV | libc::ENOENT | libc::EINVAL)
+        )
+    }
+}

@@ -1,0 +1,449 @@
+//! What a running take would leave behind, written down before it is built,
+//! so that somebody else can undo it: the guard when this process is killed,
+//! or whoever starts the next take.
+//!
+//! ```text
+//! RUN/vne/            0700
+//!   register          flock: held while a take is entered or looked up
+//!   PID-N/            one take
+//!     lock            flock: held by the take while it lives, then by whoever cleans up
+//!     journal.json    replaced as a whole; gone when there is nothing to undo
+//! ```
+
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::fs::FlockOperation;
+use serde::{Deserialize, Serialize};
+
+use crate::net::HoldRecord;
+
+/// A journal is a few hundred bytes per member.
+const JOURNAL_BYTES_MAX: u64 = 4 << 20;
+/// A dead take's journal is cleaned up within 5 s; then it's somebody stuck.
+const CLEAN_UP_WAIT_MAX: Duration = Duration::from_secs(15);
+
+/// What can go wrong with the journal.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A file of it can't be used.
+    #[error("{}", path.display())]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A member is in another take already.
+    #[error("domain '{domain}' is being captured by a take of VNE '{vne}' (process {pid})")]
+    Busy {
+        /// The domain.
+        domain: String,
+        /// The VNE of the other take.
+        vne: String,
+        /// The process of the other take.
+        pid: u32,
+    },
+}
+
+/// A domain that a take touches.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JournalDomain {
+    /// Its name, for messages.
+    pub name: String,
+    /// Its number.
+    pub domid: u32,
+    /// Its UUID, so that a reused number isn't mistaken for it.
+    pub uuid: String,
+}
+
+/// A process that a take has started.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JournalProcess {
+    /// Its number.
+    pub pid: u32,
+    /// When it was started, in clock ticks since boot (proc(5), field 22), so
+    /// that a reused number isn't mistaken for it.
+    pub start_ticks: u64,
+}
+
+/// Everything that a take would leave behind.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// The VNE.
+    pub vne: String,
+    /// The process of the take.
+    pub pid: u32,
+    /// The store that it writes into.
+    pub store: PathBuf,
+    /// The domains that it may have asked to suspend.
+    pub domains: Vec<JournalDomain>,
+    /// Its workers.
+    pub workers: Vec<JournalProcess>,
+    /// The holds that it may have built.
+    pub holds: Vec<HoldRecord>,
+    /// For a restore: how far it is. `domains` then have no number yet.
+    pub restore: Option<RestoreStage>,
+}
+
+/// How far a restore is, and so what to do with its domains when it's killed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RestoreStage {
+    /// The domains are being built, paused: half a VNE is destroyed again.
+    Building,
+    /// All are built, and some may run already: the others follow.
+    Releasing,
+}
+
+/// The folder of all journals of this host.
+#[derive(Debug, Clone)]
+pub struct Register {
+    root: PathBuf,
+}
+
+/// The journal of a take that lives.
+#[derive(Debug)]
+pub struct Journal {
+    folder: PathBuf,
+    record: Record,
+    /// Kept for its lock.
+    _lock: File,
+}
+
+/// The journal of a take whose process is gone, locked by us.
+#[derive(Debug)]
+pub struct Orphan {
+    folder: PathBuf,
+    /// What is to be undone.
+    pub record: Record,
+    _lock: File,
+}
+
+impl Register {
+    /// The register below `run_dir`, which is gone after a reboot, as all that
+    /// it speaks of is.
+    pub fn open(run_dir: &Path) -> Result<Self, Error> {
+        let root = run_dir.join("vne");
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&root)
+            .map_err(in_file(&root))?;
+        Ok(Self { root })
+    }
+
+    /// Enters a take, unless one of its domains is in another one. A dead
+    /// take that has one of them is waited for: somebody is cleaning up.
+    pub fn enter(&self, record: Record) -> Result<Journal, Error> {
+        let start = Instant::now();
+        loop {
+            let _register = lock(&self.root.join("register"), FlockOperation::LockExclusive)?;
+            match self.conflict(&record)? {
+                None => return self.create(record),
+                // Its guard is at work.
+                Some((_, other))
+                    if !process_exists(other.pid) && start.elapsed() < CLEAN_UP_WAIT_MAX => {}
+                Some((domain, other)) => {
+                    return Err(Error::Busy {
+                        domain,
+                        vne: other.vne,
+                        pid: other.pid,
+                    })
+                }
+            }
+            drop(_register);
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// Whether there is any journal: of a take that lives, or of a dead one.
+    pub fn is_empty(&self) -> Result<bool, Error> {
+        Ok(self.folders()?.is_empty())
+    }
+
+    /// Hands all takes whose process is gone to `orphaned`, to clean up.
+    pub fn sweep(&self, mut orphaned: impl FnMut(Orphan)) -> Result<(), Error> {
+        let _register = lock(&self.root.join("register"), FlockOperation::LockExclusive)?;
+        for folder in self.folders()? {
+            if let Some(orphan) = Orphan::adopt(&folder, FlockOperation::NonBlockingLockExclusive)?
+            {
+                orphaned(orphan);
+            }
+        }
+        Ok(())
+    }
+
+    fn conflict(&self, record: &Record) -> Result<Option<(String, Record)>, Error> {
+        for folder in self.folders()? {
+            let Some(other) = read(&folder)? else {
+                continue;
+            };
+            let shared = record
+                .domains
+                .iter()
+                .find(|domain| other.domains.iter().any(|d| d.uuid == domain.uuid));
+            if let Some(domain) = shared {
+                return Ok(Some((domain.name.clone(), other)));
+            }
+        }
+        Ok(None)
+    }
+
+    fn create(&self, record: Record) -> Result<Journal, Error> {
+        for number in 0u32.. {
+            let folder = self.root.join(format!("{}-{number}", record.pid));
+            match fs::DirBuilder::new().mode(0o700).create(&folder) {
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                Err(error) => return Err(in_file(&folder)(error)),
+                Ok(()) => {
+                    let lock = lock(&folder.join("lock"), FlockOperation::LockExclusive)?;
+                    write(&folder, &record)?;
+                    return Ok(Journal {
+                        folder,
+                        record,
+                        _lock: lock,
+                    });
+                }
+            }
+        }
+        Err(in_file(&self.root)(io::ErrorKind::AlreadyExists.into()))
+    }
+
+    fn folders(&self) -> Result<Vec<PathBuf>, Error> {
+        let mut folders = Vec::new();
+        for entry in fs::read_dir(&self.root).map_err(in_file(&self.root))? {
+            let path = entry.map_err(in_file(&self.root))?.path();
+            if path.is_dir() {
+                folders.push(path);
+            }
+        }
+        folders.sort();
+        Ok(folders)
+    }
+}
+
+impl Journal {
+    /// Its folder, which the guard is told.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// What it says.
+    pub fn record(&self) -> &Record {
+        &self.record
+    }
+
+    /// Changes what it says, durably against this process's death.
+    pub fn update(&mut self, change: impl FnOnce(&mut Record)) -> Result<(), Error> {
+        change(&mut self.record);
+        write(&self.folder, &self.record)
+    }
+
+    /// There is nothing left to undo.
+    pub fn close(self) -> Result<(), Error> {
+        remove(&self.folder)
+    }
+}
+
+impl Orphan {
+    /// Takes over the journal in this folder, if its owner is gone and there
+    /// is something left to undo.
+    pub fn adopt(folder: &Path, how: FlockOperation) -> Result<Option<Self>, Error> {
+        let path = folder.join("lock");
+        let held = match lock(&path, how) {
+            Ok(held) => held,
+            Err(Error::File { source, .. })
+                if matches!(
+                    source.kind(),
+                    io::ErrorKind::WouldBlock | io::ErrorKind::NotFound
+                ) =>
+            {
+                return Ok(None)
+            }
+            Err(error) => return Err(error),
+        };
+        match read(folder)? {
+            Some(record) => Ok(Some(Self {
+                folder: folder.to_owned(),
+                record,
+                _lock: held,
+            })),
+            None => {
+                // Closed, or never written: only the folder is left, if that.
+                remove(folder)?;
+                Ok(None)
+            }
+        }
+    }
+
+    /// All has been undone.
+    pub fn close(self) -> Result<(), Error> {
+        remove(&self.folder)
+    }
+}
+
+/// When a process was started, in clock ticks since boot; `None` if there is
+/// no such process.
+pub fn start_ticks(pid: u32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name, in parentheses, may contain anything: count from its end.
+    let (_, fields) = stat.rsplit_once(')')?;
+    fields.split_ascii_whitespace().nth(19)?.parse().ok()
+}
+
+fn process_exists(pid: u32) -> bool {
+    start_ticks(pid).is_some()
+}
+
+fn in_file(path: &Path) -> impl FnOnce(io::Error) -> Error + '_ {
+    |source| Error::File {
+        path: path.to_owned(),
+        source,
+    }
+}
+
+fn lock(path: &Path, how: FlockOperation) -> Result<File, Error> {
+    let exists = path.parent().is_some_and(Path::is_dir);
+    if !exists {
+        return Err(in_file(path)(io::ErrorKind::NotFound.into()));
+    }
+    let file = File::options()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(path)
+        .map_err(in_file(path))?;
+    loop {
+        match rustix::fs::flock(&file, how) {
+            Ok(()) => return Ok(file),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(errno) => return Err(in_file(path)(errno.into())),
+        }
+    }
+}
+
+fn read(folder: &Path) -> Result<Option<Record>, Error> {
+    let path = folder.join("journal.json");
+    let file = match File::open(&path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(in_file(&path)(error)),
+    };
+    let mut text = Vec::new();
+    file.take(JOURNAL_BYTES_MAX)
+        .read_to_end(&mut text)
+        .map_err(in_file(&path))?;
+    let record = serde_json::from_slice(&text).map_err(|error| in_file(&path)(error.into()))?;
+    Ok(Some(record))
+}
+
+fn write(folder: &Path, record: &Record) -> Result<(), Error> {
+    let path = folder.join("journal.json");
+    let aside = folder.join("journal.new");
+    let text = serde_json::to_vec(record).map_err(|error| in_file(&path)(error.into()))?;
+    let mut file = File::options()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&aside)
+        .map_err(in_file(&aside))?;
+    file.write_all(&text).map_err(in_file(&aside))?;
+    fs::rename(&aside, &path).map_err(in_file(&path))
+}
+
+fn remove(folder: &Path) -> Result<(), Error> {
+    // The journal first: without it the rest means nothing.
+    for name in ["journal.json", "journal.new", "lock"] {
+        let path = folder.join(name);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(in_file(&path)(error))
+            }
+            _ => {}
+        }
+    }
+    match fs::remove_dir(folder) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(in_file(folder)(error)),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(vne: &str, uuids: &[&str]) -> Record {
+        let domain = |uuid: &&str| JournalDomain {
+            name: format!("dom-{uuid}"),
+            domid: 1,
+            uuid: (*uuid).to_owned(),
+        };
+        Record {
+            vne: vne.to_owned(),
+            pid: std::process::id(),
+            store: PathBuf::from("/nowhere"),
+            domains: uuids.iter().map(domain).collect(),
+            workers: Vec::new(),
+            holds: vec![HoldRecord::new(1, 0, "vif1.0")],
+            restore: None,
+        }
+    }
+
+    type TestResult = Result<(), Box<dyn std::error::Error>>;
+
+    #[test]
+    fn a_domain_is_never_in_two_takes() -> TestResult {
+        let run = tempfile::tempdir()?;
+        let register = Register::open(run.path())?;
+        let first = register.enter(record("a", &["1", "2"]))?;
+        let second = register.enter(record("b", &["3", "2"]));
+        let told = second.unwrap_err().to_string();
+        assert!(told.contains("dom-2") && told.contains("VNE 'a'"), "{told}");
+        first.close()?;
+        register.enter(record("b", &["3", "2"]))?.close()?;
+        assert_eq!(fs::read_dir(run.path().join("vne"))?.count(), 1);
+        Ok(())
+    }
+
+    #[test]
+    fn what_a_dead_take_left_is_found_by_the_next() -> TestResult {
+        let run = tempfile::tempdir()?;
+        let register = Register::open(run.path())?;
+        // Dropped without closing, as when its process is killed.
+        drop(register.enter(record("a", &["1"]))?);
+        let mut found = Vec::new();
+        register.sweep(|orphan| {
+            found.push(orphan.record.holds.clone());
+            assert!(orphan.close().is_ok());
+        })?;
+        let next = register.enter(record("a", &["1"]))?;
+        assert_eq!(found, [vec![HoldRecord::new(1, 0, "vif1.0")]]);
+        next.close()?;
+        Ok(())
+    }
+
+    #[test]
+    fn a_take_that_ended_well_leaves_nothing_to_its_guard() -> TestResult {
+        let run = tempfile::tempdir()?;
+        let register = Register::open(run.path())?;
+        let journal = register.enter(record("a", &["1"]))?;
+        let folder = journal.folder().to_owned();
+        journal.close()?;
+        assert!(Orphan::adopt(&folder, FlockOperation::LockExclusive)?.is_none());
+        assert!(!folder.exists());
+        Ok(())
+    }
+
+    #[test]
+    fn own_start_time_is_found() {
+        assert!(start_ticks(std::process::id()).is_some_and(|ticks| ticks > 0));
+        assert_eq!(start_ticks(u32::MAX), None);
+    }
+}

@@ -1,0 +1,92 @@
+//! From what a take has seen to what the snapshot says about itself.
+
+use crate::domain::messages::CutTimes;
+use crate::domain::policy::Round;
+use crate::domain::{DomainFacts, DomainKind};
+use crate::image::{self, Cut, DomainType, Downtime, Member, MemberImage, Name};
+
+/// The largest difference between two members' cuts, in ns.
+pub fn skew_ns(times: &[CutTimes]) -> u64 {
+    let cuts = times.iter().map(|times| times.suspended_ns);
+    let latest = cuts.clone().max().unwrap_or_default();
+    latest - cuts.min().unwrap_or_default()
+}
+
+/// The facts of the cut as a whole.
+pub fn cut(times: &[CutTimes], hold_ns: u64) -> Cut {
+    Cut {
+        skew_ns: skew_ns(times),
+        hold_ns,
+    }
+}
+
+/// A member's phases of standing still, in ns. The first begins with the
+/// request, when the guest still runs, so the sum is an upper bound.
+pub fn downtime(times: &CutTimes) -> Downtime {
+    Downtime {
+        suspend_ns: times.suspended_ns.saturating_sub(times.requested_ns),
+        last_pages_ns: times.pages_done_ns.saturating_sub(times.suspended_ns),
+        device_state_ns: times.saved_ns.saturating_sub(times.pages_done_ns),
+        resume_ns: times.resumed_ns.saturating_sub(times.saved_ns),
+    }
+}
+
+/// One member's entry.
+pub fn member(
+    facts: &DomainFacts,
+    rounds: &[Round],
+    times: &CutTimes,
+    image: MemberImage,
+) -> Result<Member, image::Error> {
+    let precopied: u64 = rounds.iter().map(|round| round.pages).sum();
+    Ok(Member {
+        name: Name::new(&facts.name)?,
+        domid: facts.domid,
+        uuid: facts.uuid.clone(),
+        domain_type: match facts.kind {
+            DomainKind::Pv => DomainType::Pv,
+            DomainKind::Pvh => DomainType::Pvh,
+            DomainKind::Hvm => DomainType::Hvm,
+        },
+        memory_kib: facts.memory_kib,
+        vcpus: facts.vcpus,
+        downtime: downtime(times),
+        rounds: u32::try_from(rounds.len() + 1).unwrap_or(u32::MAX),
+        pages_sent: precopied + times.final_pages,
+        pages_final_dirty: times.final_pages,
+        stream_bytes: image.stats.bytes_received,
+        image,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(suspended_ns: u64) -> CutTimes {
+        CutTimes {
+            suspended_ns,
+            ..CutTimes::default()
+        }
+    }
+
+    #[test]
+    fn skew_is_between_the_first_and_the_last_not_neighbours() {
+        assert_eq!(skew_ns(&[at(50), at(10), at(30)]), 40);
+        assert_eq!(skew_ns(&[at(50)]), 0);
+        assert_eq!(skew_ns(&[]), 0);
+    }
+
+    #[test]
+    fn the_phases_add_up_to_the_downtime() {
+        let times = CutTimes {
+            requested_ns: 100,
+            suspended_ns: 160,
+            pages_done_ns: 180,
+            saved_ns: 200,
+            resumed_ns: 215,
+            final_pages: 9,
+        };
+        assert_eq!(downtime(&times).total_ns(), 115);
+    }
+}

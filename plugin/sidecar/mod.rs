@@ -1,0 +1,18 @@
+//! The engine: carries out what the cut protocol asks for on this host. It
+//! starts workers, owns the holds, keeps the journal, and cleans up.
+//!
+//! ```text
+//!  take ──► engine ──► worker (one per member)
+//!             │  └───► holds (netlink)
+//!             ├── journal: what would have to be undone
+//!             └── guard: a process that undoes it should this one be killed
+//! ```
+
+pub mod engine;
+pub mod guard;
+pub mod journal;
+pub mod manifest;
+pub mod restore;
+mod workers;
+
+pub use workers::Program;
