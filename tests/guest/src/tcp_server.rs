@@ -1,0 +1,76 @@
+//! The receiving end of a TCP stream: verifies every byte.
+
+use std::io::Read;
+use std::net::{TcpListener, TcpStream};
+use std::sync::{Arc, Mutex};
+
+use crate::args::Args;
+use crate::json::Json;
+use crate::status::{self, lock, Status};
+use crate::tcp_stream;
+use crate::workload::Run;
+
+const PORT: u16 = 7003;
+
+#[derive(Default)]
+struct Received {
+    connections: u64,
+    bytes: u64,
+    mismatches: u64,
+    resets: u64,
+}
+
+/// See [`crate::workload::prepare`].
+pub fn prepare(line: &[String], status: &Status) -> Result<Run, String> {
+    let args = Args::parse(line, &["port"])?;
+    let port = args.or("port", PORT)?;
+    let listener = TcpListener::bind(("0.0.0.0", port))
+        .map_err(|error| format!("cannot bind TCP port {port}: {error}"))?;
+    let state = status::shared(
+        status,
+        "tcp_server",
+        Received::default(),
+        |state: &Received| {
+            let mut json = Json::new();
+            json.number("connections", state.connections)
+                .number("bytes", state.bytes)
+                .number("mismatches", state.mismatches)
+                .number("resets", state.resets);
+            json
+        },
+    );
+    Ok(Box::new(move || {
+        for stream in listener.incoming().flatten() {
+            let state: Arc<Mutex<Received>> = state.clone();
+            lock(&state).connections += 1;
+            std::thread::spawn(move || receive(stream, &state));
+        }
+        Ok(())
+    }))
+}
+
+fn receive(mut stream: TcpStream, state: &Mutex<Received>) {
+    let mut buffer = vec![0u8; 65_536];
+    let mut position = 0;
+    loop {
+        match stream.read(&mut buffer) {
+            Ok(0) => return,
+            Ok(count) => {
+                let bytes = buffer.get(..count).unwrap_or_default();
+                let wrong = tcp_stream::mismatch(bytes, position);
+                position += count as u64;
+                let mut state = lock(state);
+                state.bytes += count as u64;
+                if let Some(at) = wrong {
+                    state.mismatches += 1;
+                    println!("TCP-CORRUPT at byte {at}");
+                }
+            }
+            Err(error) => {
+                lock(state).resets += 1;
+                println!("TCP-RESET after {position} bytes: {error}");
+                return;
+            }
+        }
+    }
+}

@@ -1,0 +1,94 @@
+//! The booted state: a host is booted once, and its memory and disk are kept;
+//! every lab starts from there within seconds.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{bail, Context, Result};
+
+use super::cache::{Cache, Key};
+use super::image::Image;
+use super::process;
+use super::qemu::{self, Files, Machine, Platform};
+use super::ssh::Ssh;
+
+const BOOT_LIMIT: Duration = Duration::from_secs(600);
+const SAVE_LIMIT: Duration = Duration::from_secs(300);
+
+/// Done once in dom0 before its state is kept: what would otherwise be slow
+/// or missing the first time.
+const SETTLE: &str = "set -e
+timeout 300 systemctl is-system-running --wait >/dev/null || {
+    systemctl --failed --no-legend
+    systemctl is-system-running | grep -qx degraded
+}
+modprobe -a xen-netback xen-blkback sch_plug sch_ingress ifb act_mirred cls_matchall
+xl info >/dev/null
+xl list >/dev/null
+sync";
+
+/// A kept state.
+#[derive(Clone, Debug)]
+pub struct Booted {
+    dir: PathBuf,
+}
+
+impl Booted {
+    /// Finds the state, or boots a host and keeps it.
+    pub fn get(cache: &Cache, image: &Image, platform: &Platform, key: &Path) -> Result<Self> {
+        let version = process::capture(Command::new(&platform.emulator).arg("--version"))?;
+        let hash = Key::new("booted")
+            .with("image", &image.key)
+            .with("xen", platform.xen.display().to_string())
+            .with("emulator", platform.emulator.display().to_string())
+            .with("version", version)
+            .with("platform", platform.describe())
+            .with("settle", SETTLE)
+            .finish();
+        let dir = cache.artefact("booted", &hash, |out| boot(out, image, platform, key))?;
+        Ok(Booted { dir })
+    }
+
+    /// The disk that belongs to the state; never written to.
+    pub fn disk(&self) -> PathBuf {
+        Files::new(&self.dir, 0).disk()
+    }
+
+    /// Memory and devices.
+    pub fn state(&self) -> PathBuf {
+        self.dir.join("state")
+    }
+}
+
+fn boot(out: &Path, image: &Image, platform: &Platform, key: &Path) -> Result<()> {
+    let files = Files::new(out, 0);
+    qemu::overlay(&image.disk(), "raw", &files.disk())?;
+    let mut machine = Machine::start(platform, &files, None)?;
+    let ssh = Ssh {
+        host: 0,
+        port: machine.ssh_port,
+        key: key.to_owned(),
+        socket: files.ssh(),
+    };
+    let deadline = Instant::now() + BOOT_LIMIT;
+    loop {
+        machine.check()?;
+        if process::output(&mut ssh.command("true"))?.status.success() {
+            break;
+        }
+        if Instant::now() > deadline {
+            bail!(
+                "dom0 isn't up after {} s; {}",
+                BOOT_LIMIT.as_secs(),
+                machine.last_words()
+            );
+        }
+        std::thread::sleep(Duration::from_millis(500));
+    }
+    process::capture(&mut ssh.command(SETTLE))
+        .with_context(|| format!("dom0 doesn't settle; {}", machine.last_words()))?;
+    let mut control = machine.control()?;
+    control.save_and_quit(&out.join("state"), SAVE_LIMIT)?;
+    machine.wait(Duration::from_secs(60))
+}

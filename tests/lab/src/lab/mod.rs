@@ -1,0 +1,452 @@
+//! The lab: real Xen hosts under QEMU's software emulation, on one machine
+//! without any rights but a normal user's once its image is built.
+//!
+//! ```text
+//!  cargo xtask ── Lab ──unix socket──► supervisor ── QEMU 0: Xen, dom0, guests
+//!                  │                       │  └───── QEMU 1: …
+//!                  │                       └ hub: the wire between their eth1
+//!                  └──ssh over a local port of each QEMU──► dom0
+//! ```
+
+mod apt;
+mod booted;
+mod cache;
+mod cpio;
+mod emulator;
+mod guest;
+mod hub;
+mod image;
+mod process;
+mod qemu;
+mod shape;
+mod ssh;
+mod supervisor;
+mod xen;
+
+use std::fs::File;
+use std::io::Write;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{anyhow, bail, Context, Result};
+
+use booted::Booted;
+use cache::{Cache, Lock};
+pub use guest::{workspace, Guest};
+use image::Image;
+use qemu::{shell_quote, Platform};
+pub use shape::{Flavour, Shape, HOSTS_MAX};
+use ssh::{Side, Ssh};
+use supervisor::Request;
+pub use supervisor::{supervise, Job, Phase, Status};
+
+const UP_LIMIT: Duration = Duration::from_secs(400);
+const DOWN_LIMIT: Duration = Duration::from_secs(60);
+
+/// What the lab runs: program or file that proves it's there, and package.
+const TOOLS: &[(&str, &str)] = &[
+    ("debootstrap", "debootstrap"),
+    ("qemu-system-x86", "qemu-system-x86_64"),
+    ("qemu-utils", "qemu-img"),
+    ("openssh-client", "ssh"),
+    ("openssh-client", "ssh-keygen"),
+    ("e2fsprogs", "mke2fs"),
+    ("dpkg-dev", "dpkg-source"),
+    ("build-essential", "make"),
+    ("build-essential", "gcc"),
+    ("flex", "flex"),
+    ("bison", "bison"),
+    ("bc", "bc"),
+    ("python3", "/usr/bin/python3"),
+];
+
+/// Whether a lab lives on when the process that started it has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Life {
+    /// Until `lab down`.
+    Own,
+    /// Until this process ends, or drops the [`Lab`].
+    Tied,
+}
+
+/// A running lab.
+pub struct Lab {
+    cache: Cache,
+    run: PathBuf,
+    status: Status,
+    supervisor: Option<Child>,
+}
+
+/// All that has to be built before a lab can start.
+struct Artefacts {
+    image: Image,
+    platform: Platform,
+    booted: Booted,
+    ssh_key: PathBuf,
+}
+
+impl Artefacts {
+    fn get(cache: &Cache, shape: &Shape, refresh: bool) -> Result<Self> {
+        apt::install(TOOLS)?;
+        let apt = apt::Apt::open(cache, &shape.suite, refresh)?;
+        let image = Image::get(cache, &apt)?;
+        let platform = Platform {
+            emulator: emulator::emulator(cache, &apt, shape.flavour)?,
+            xen: xen::hypervisor(cache, &apt, &image, shape.flavour)?,
+            kernel: image.boot("vmlinuz"),
+            initrd: image.boot("initrd.img"),
+            flavour: shape.flavour,
+            cpus: shape.cpus(),
+        };
+        let ssh_key = image::ssh_key(cache)?;
+        let booted = Booted::get(cache, &image, &platform, &ssh_key)?;
+        Ok(Artefacts {
+            image,
+            platform,
+            booted,
+            ssh_key,
+        })
+    }
+}
+
+/// Installs and builds all that labs of a shape need.
+pub fn prepare(shape: &Shape, refresh: bool) -> Result<()> {
+    let cache = Cache::open()?;
+    let artefacts = Artefacts::get(&cache, shape, refresh)?;
+    guest::initrd(&cache, &artefacts.image).map(drop)
+}
+
+/// The unpacked source of the distribution's Xen; fetched when missing.
+pub fn xen_source(suite: &str) -> Result<PathBuf> {
+    apt::install(&[("dpkg-dev", "dpkg-source")])?;
+    let cache = Cache::open()?;
+    let apt = apt::Apt::open(&cache, suite, false)?;
+    Ok(xen::source(&cache, &apt)?.dir)
+}
+
+/// Ends the lab that's up, in whatever condition; says whether there was one.
+pub fn down() -> Result<bool> {
+    end(&Cache::open()?.dir("run")?)
+}
+
+fn end(run: &Path) -> Result<bool> {
+    let Some(pid) = supervisor::ask_to_end(run)? else {
+        return Ok(false);
+    };
+    let deadline = Instant::now() + DOWN_LIMIT;
+    while alive(pid) {
+        if Instant::now() > deadline {
+            bail!("the lab's supervisor, process {pid}, doesn't end");
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(true)
+}
+
+/// Whether a process is there and isn't only waiting to be reaped.
+fn alive(pid: u64) -> bool {
+    std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(") Z "))
+}
+
+impl Lab {
+    /// Brings a lab up, or returns the one that's up when it has the shape.
+    pub fn up(shape: &Shape, life: Life) -> Result<Self> {
+        if shape.hosts == 0 || shape.hosts > HOSTS_MAX {
+            bail!("a lab has 1 to {HOSTS_MAX} hosts, not {}", shape.hosts);
+        }
+        let cache = Cache::open()?;
+        let run = cache.dir("run")?;
+        let _lock = Lock::take(&run.join("up.lock"))?;
+        if let Some(status) = supervisor::ask(&run, &Request::Status)? {
+            if status.shape != *shape {
+                bail!(
+                    "a lab of another shape is up ({}): end it with `cargo xtask lab down`",
+                    status.shape
+                );
+            }
+            let lab = Lab {
+                cache,
+                run,
+                status,
+                supervisor: None,
+            };
+            return lab.await_ready();
+        }
+        let artefacts = Artefacts::get(&cache, shape, false)?;
+        let job = Job {
+            run: run.clone(),
+            shape: shape.clone(),
+            image: artefacts.image,
+            disk: artefacts.booted.disk(),
+            state: artefacts.booted.state(),
+            platform: artefacts.platform,
+            ssh_key: artefacts.ssh_key,
+            tied: life == Life::Tied,
+        };
+        let supervisor = start_supervisor(&job)?;
+        let lab = Lab {
+            cache,
+            run,
+            status: Status {
+                pid: supervisor.id(),
+                shape: shape.clone(),
+                image: job.image.clone(),
+                phase: Phase::Starting,
+                tied: job.tied,
+                hosts: Vec::new(),
+            },
+            supervisor: Some(supervisor),
+        }
+        .await_ready()?;
+        let tool = guest::binary(&lab.cache)?;
+        for host in 0..shape.hosts {
+            lab.put(host, &tool, "/usr/local/bin/vne-guest")?;
+        }
+        Ok(lab)
+    }
+
+    /// The lab that's up.
+    pub fn attach() -> Result<Self> {
+        Self::find()?.context("no lab is up: start one with `cargo xtask lab up`")
+    }
+
+    /// The lab that's up, if there is one.
+    pub fn find() -> Result<Option<Self>> {
+        let cache = Cache::open()?;
+        let run = cache.dir("run")?;
+        match supervisor::ask(&run, &Request::Status)? {
+            None => Ok(None),
+            Some(status) => Lab {
+                cache,
+                run,
+                status,
+                supervisor: None,
+            }
+            .await_ready()
+            .map(Some),
+        }
+    }
+
+    /// How the lab is.
+    pub fn status(&self) -> &Status {
+        &self.status
+    }
+
+    /// Waits until all hosts are usable.
+    fn await_ready(mut self) -> Result<Self> {
+        let deadline = Instant::now() + UP_LIMIT;
+        loop {
+            if let Some(status) = supervisor::ask(&self.run, &Request::Status)? {
+                match &status.phase {
+                    Phase::Ready => {
+                        self.status = status;
+                        return Ok(self);
+                    }
+                    Phase::Failed(why) => bail!("the lab failed: {why}"),
+                    Phase::Starting => {}
+                }
+            }
+            if let Some(child) = &mut self.supervisor {
+                let ended = child
+                    .try_wait()
+                    .context("cannot look after the supervisor")?;
+                if let Some(status) = ended {
+                    bail!(
+                        "the lab's supervisor has ended ({status}): {}",
+                        process::tail(&self.run.join("supervisor.log"), 40)
+                    );
+                }
+            }
+            if Instant::now() > deadline {
+                bail!("the lab isn't up after {} s", UP_LIMIT.as_secs());
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    fn ssh(&self, host: usize) -> Result<&Ssh> {
+        self.status.hosts.get(host).ok_or_else(|| {
+            anyhow!(
+                "there's no host {host}: the lab has {}",
+                self.status.hosts.len()
+            )
+        })
+    }
+
+    /// Runs a shell line in a host's dom0; the status is whatever it is.
+    pub fn sh(&self, host: usize, line: &str) -> Result<Output> {
+        process::output(&mut self.ssh(host)?.command(line))
+    }
+
+    /// Runs a shell line in a host's dom0 and returns what it printed; fails
+    /// when it fails.
+    pub fn run(&self, host: usize, line: &str) -> Result<String> {
+        let output = self.sh(host, line)?;
+        if !output.status.success() {
+            bail!(
+                "host {host}: `{line}` failed ({}): {}{}",
+                output.status,
+                String::from_utf8_lossy(&output.stdout),
+                String::from_utf8_lossy(&output.stderr)
+            );
+        }
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// A command that runs a shell line in a host's dom0, for a caller that
+    /// wants to start it and look after it by itself.
+    pub fn command(&self, host: usize, line: &str) -> Result<Command> {
+        Ok(self.ssh(host)?.command(line))
+    }
+
+    /// Runs a shell line in a host's dom0 with this process's own input and
+    /// output.
+    pub fn through(&self, host: usize, line: &str) -> Result<ExitStatus> {
+        self.ssh(host)?
+            .command(line)
+            .status()
+            .context("cannot run ssh")
+    }
+
+    /// Copies a file or folder into a host.
+    pub fn put(&self, host: usize, from: &Path, to: &str) -> Result<()> {
+        self.ssh(host)?.copy(Side::Here(from), Side::Host(to))
+    }
+
+    /// Copies a file or folder out of a host.
+    pub fn get(&self, host: usize, from: &str, to: &Path) -> Result<()> {
+        self.ssh(host)?.copy(Side::Host(from), Side::Here(to))
+    }
+
+    /// Starts a guest and waits until it's ready.
+    pub fn guest(&self, host: usize, guest: &Guest) -> Result<()> {
+        guest.check()?;
+        let (initrd, name) = guest::initrd(&self.cache, &self.status.image)?;
+        let overlay = guest.overlay(host)?;
+        let script = guest.script(host, self.status.shape.flavour, &name);
+        for _ in 0..2 {
+            let output = self.with_input(host, &script, &overlay)?;
+            match output.status.code() {
+                Some(0) => return Ok(()),
+                Some(guest::INITRD_MISSING) => {
+                    let path = format!("{}/{name}", guest::FOLDER);
+                    self.put(host, &initrd, &format!("{path}.new"))?;
+                    self.run(host, &format!("mv {path}.new {path}"))?;
+                }
+                _ => bail!(
+                    "cannot start guest {} on host {host} ({}): {}",
+                    guest.name,
+                    output.status,
+                    String::from_utf8_lossy(&output.stderr).trim_end()
+                ),
+            }
+        }
+        bail!("host {host} keeps losing its guests' initrd")
+    }
+
+    /// All that a guest's console ever said, whether or not it still runs.
+    pub fn console(&self, host: usize, name: &str) -> Result<String> {
+        let output = self.sh(host, &format!("cat -- {}", guest::console_log(name)))?;
+        if !output.status.success() {
+            bail!(
+                "host {host} has no console log of a guest {}",
+                shell_quote(name)
+            );
+        }
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// All that Xen and dom0 of a host printed.
+    pub fn host_console(&self, host: usize) -> Result<String> {
+        let path = qemu::Files::new(&self.run, host).console();
+        let bytes =
+            std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
+    }
+
+    /// Cuts or mends the wire from one host to another.
+    pub fn link(&self, from: usize, to: usize, up: bool) -> Result<()> {
+        supervisor::ask(&self.run, &Request::Link { from, to, up })?
+            .map(drop)
+            .context("the lab has gone")
+    }
+
+    /// Ends the lab.
+    pub fn down(mut self) -> Result<()> {
+        self.end()
+    }
+
+    fn end(&mut self) -> Result<()> {
+        end(&self.run)?;
+        if let Some(mut child) = self.supervisor.take() {
+            process::wait(&mut child, DOWN_LIMIT)?;
+        }
+        Ok(())
+    }
+
+    fn with_input(&self, host: usize, line: &str, input: &[u8]) -> Result<Output> {
+        let mut child = self
+            .ssh(host)?
+            .command(line)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .context("cannot run ssh")?;
+        if let Some(mut stdin) = child.stdin.take() {
+            // A script that ends early doesn't read it all; its status tells.
+            let _ = stdin.write_all(input);
+        }
+        child.wait_with_output().context("cannot wait for ssh")
+    }
+}
+
+/// One shell line that runs a program with exactly these arguments.
+pub fn shell_line(words: &[String]) -> String {
+    words
+        .iter()
+        .map(|word| shell_quote(word))
+        .collect::<Vec<_>>()
+        .join(" ")
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        if self.status.tied && self.supervisor.is_some() {
+            if let Err(error) = self.end() {
+                eprintln!("lab: {error:#}");
+            }
+        }
+    }
+}
+
+fn start_supervisor(job: &Job) -> Result<Child> {
+    let log = File::create(job.run.join("supervisor.log"))
+        .context("cannot create the supervisor's log")?;
+    let program = std::env::current_exe().context("cannot find this program's own file")?;
+    let job_text = serde_json::to_string(job).context("cannot word the supervisor's job")?;
+    let mut command = Command::new(program);
+    command
+        .args(["lab", "supervise", &job_text])
+        .stdin(if job.tied {
+            Stdio::piped()
+        } else {
+            Stdio::null()
+        })
+        .stdout(log.try_clone().context("cannot share a log file")?)
+        .stderr(log)
+        .current_dir("/");
+    // SAFETY: setsid is async-signal-safe.
+    unsafe {
+        // A session of its own: Ctrl-C at the terminal isn't for the emulators.
+        command.pre_exec(|| {
+            if libc::setsid() < 0 {
+                return Err(std::io::Error::last_os_error());
+            }
+            Ok(())
+        });
+    }
+    command.spawn().context("cannot start the lab's supervisor")
+}

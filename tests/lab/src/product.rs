@@ -1,0 +1,127 @@
+//! The product, built and laid out as a package would install it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{bail, Context, Result};
+use serde_json::Value;
+
+use crate::lab::{self, Lab};
+
+/// Where Debian 12's Xen has its private files. In one place: another release
+/// of Xen means another folder.
+pub const XEN_FOLDER: &str = "usr/lib/xen-4.17";
+
+/// What building needs: package, and the program or file that proves it.
+const TOOLS: &[(&str, &str)] = &[
+    ("build-essential", "gcc"),
+    ("pkg-config", "pkg-config"),
+    ("libxen-dev", "/usr/include/libxl.h"),
+    ("libyajl-dev", "/usr/include/yajl/yajl_version.h"),
+    ("libclang-dev", "/usr/share/doc/libclang-dev"),
+    ("clang", "clang"),
+];
+
+/// Installs what building needs.
+pub fn install_tools() -> Result<()> {
+    lab::install(TOOLS)
+}
+
+/// Builds everything and returns the folder that holds the installed layout.
+pub fn stage() -> Result<PathBuf> {
+    install_tools()?;
+    let root = lab::workspace();
+    let (plugin, shims) = build_plugin(&root)?;
+    let stage = root.join("target/stage");
+    if stage.exists() {
+        fs::remove_dir_all(&stage).context("cannot empty the stage")?;
+    }
+    let private = stage.join(XEN_FOLDER);
+    let programs = private.join("bin");
+    build_xl(&root, &programs)?;
+    copy(&shims.join("vne-save-helper"), &programs)?;
+    copy(&shims.join("vne-save-policy.so"), &programs)?;
+    let plugins = private.join("lib/xl-plugins");
+    fs::create_dir_all(&plugins).context("cannot create the plugins' folder")?;
+    fs::copy(&plugin, plugins.join("vne.so")).context("cannot copy the plugin")?;
+    Ok(stage)
+}
+
+/// Installs the stage on a host of the lab; the distribution's xl is kept
+/// beside ours as `xl.stock`.
+pub fn install(lab: &Lab, host: usize, stage: &Path) -> Result<()> {
+    lab.put(host, &stage.join(XEN_FOLDER), "/root/stage")?;
+    let script = format!(
+        "set -e; cd /{XEN_FOLDER}; test -e bin/xl.stock || cp -p bin/xl bin/xl.stock; \
+         chown -R root:root /root/stage; chmod -R go-w /root/stage; \
+         for f in bin/xl bin/vne-save-helper bin/vne-save-policy.so lib/xl-plugins/vne.so; do \
+         mkdir -p ${{f%/*}}; cp /root/stage/$f $f.new; chmod 755 $f.new; mv $f.new $f; done; \
+         rm -rf /root/stage"
+    );
+    lab.run(host, &script).map(drop)
+}
+
+/// The plugin, and the folder of what c-shim was compiled into.
+fn build_plugin(root: &Path) -> Result<(PathBuf, PathBuf)> {
+    let output = Command::new(env!("CARGO"))
+        .args(["build", "--release", "--package", "xl-vne"])
+        .args(["--message-format", "json-render-diagnostics"])
+        .current_dir(root)
+        .stderr(std::process::Stdio::inherit())
+        .output()
+        .context("cannot run cargo")?;
+    if !output.status.success() {
+        bail!("the product doesn't build ({})", output.status);
+    }
+    let mut plugin = None;
+    let mut shims = None;
+    for line in String::from_utf8_lossy(&output.stdout).lines() {
+        let Ok(message) = serde_json::from_str::<Value>(line) else {
+            continue;
+        };
+        let text = |path: &str| message.pointer(path).and_then(Value::as_str);
+        let ours = text("/package_id").is_some_and(|id| id.contains("xl-vne"));
+        match text("/reason") {
+            Some("build-script-executed") if ours => shims = text("/out_dir").map(PathBuf::from),
+            Some("compiler-artifact") if text("/target/name") == Some("xl_vne") => {
+                let files = message.pointer("/filenames").and_then(Value::as_array);
+                let names = files.into_iter().flatten().filter_map(Value::as_str);
+                plugin = names
+                    .map(PathBuf::from)
+                    .find(|name| name.extension().is_some_and(|is| is == "so"))
+                    .or(plugin);
+            }
+            _ => {}
+        }
+    }
+    match (plugin, shims) {
+        (Some(plugin), Some(shims)) => Ok((plugin, shims)),
+        _ => bail!("cargo didn't say where it built the plugin"),
+    }
+}
+
+fn build_xl(root: &Path, programs: &Path) -> Result<()> {
+    fs::create_dir_all(programs).context("cannot create the stage")?;
+    let source = lab::xen_source("bookworm")?;
+    let output = Command::new(root.join("xl-ext/build"))
+        .arg(&source)
+        .arg(programs)
+        .output()
+        .context("cannot run xl-ext/build")?;
+    if !output.status.success() {
+        bail!(
+            "xl-ext/build failed ({}):\n{}",
+            output.status,
+            String::from_utf8_lossy(&output.stderr)
+        );
+    }
+    Ok(())
+}
+
+fn copy(file: &Path, folder: &Path) -> Result<()> {
+    let name = file.file_name().context("a file without a name")?;
+    fs::copy(file, folder.join(name))
+        .map(drop)
+        .with_context(|| format!("cannot copy {}", file.display()))
+}
