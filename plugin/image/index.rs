@@ -252,11 +252,35 @@ mod tests {
         Index::of(&table, vec![[7; 16]; 5]).unwrap()
     }
 
+    /// XXH3-128 of 4096 bytes of 1.
+    const PAGE_OF_ONES: PageHash = [
+        0xd8, 0xfc, 0x4d, 0x31, 0xa9, 0xd8, 0xd4, 0x40, 0x55, 0x6a, 0x64, 0x9e, 0xc7, 0x3d, 0x6d,
+        0x78,
+    ];
+
     #[test]
     fn what_is_encoded_comes_back() {
         let index = sample();
         assert_eq!(index.runs.len(), 6);
         assert_eq!(Index::decode(&index.encode()).unwrap(), index);
+    }
+
+    #[test]
+    fn the_layout_is_the_documented_one() {
+        let mut table = PageTable::default();
+        table.set(0x0102_0304, PageType::L4Pinned, Content::Slot(0));
+        table.set(0x0102_0305, PageType::Normal, Content::Zero);
+        table.set(0x0102_0306, PageType::Invalid, Content::Nothing);
+        let index = Index::of(&table, vec![hash_page(&[1; PAGE_SIZE])]).unwrap();
+        let expected = [
+            &b"xlvneIDX\x01\0\0\0\0\x10\0\0\x03\0\0\0\x01\0\0\0\x01\0\0\0\0\0\0\0"[..],
+            b"\x04\x03\x02\x01\x01\0\0\0\0\0\0\0\x0c\x02\0\0",
+            b"\x05\x03\x02\x01\x01\0\0\0\0\0\0\0\x00\x01\0\0",
+            b"\x06\x03\x02\x01\x01\0\0\0\0\0\0\0\x0f\x00\0\0",
+            // Computed with another implementation (Python's xxhash).
+            &PAGE_OF_ONES,
+        ];
+        assert_eq!(index.encode(), expected.concat());
     }
 
     #[test]

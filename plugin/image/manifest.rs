@@ -286,6 +286,14 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn the_checksum_can_be_checked_as_documented() {
+        let bytes = sample().encode().unwrap();
+        let (object, rest) = bytes.split_at(bytes.len() - 85);
+        let checksum = blake3::hash(object).to_hex();
+        assert_eq!(&rest[17..81], checksum.as_bytes());
+    }
+
+    #[test]
     fn every_flipped_bit_is_found() {
         let good = sample().encode().unwrap();
         for at in 0..good.len() {

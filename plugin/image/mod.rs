@@ -69,4 +69,4 @@ pub use table::PFN_COUNT_MAX;
 pub use writer::{MemberHandle, MemberWriter, WriterOptions, RECORDS_BYTES_MAX};
 
 /// What most of this module returns.
-pub type Result<T> = std::result::Result<T, Error>;
+pub(crate) type Result<T> = std::result::Result<T, Error>;

@@ -141,6 +141,18 @@ mod tests {
     }
 
     #[test]
+    fn the_layout_is_the_documented_one() {
+        let mut records = sample();
+        records.records.remove(0);
+        let expected = [
+            &b"xlvneREC\x01\0\0\0\x02\0\0\0\0\0\0\0\x03\0\0\0\x02\0\0\0\x04\0\0\0\x11\0\0\0\0\0\0\0"[..],
+            b"\x02\0\0\0\x09\0\0\0\x0d\0\0\0\0\0\0\0\x03\x03\x03\x03\x03\x03\x03\x03\x03\x03\x03\x03\x03",
+            b"\x03\0\0\0\x01\0\0\x80\x08\0\0\0\0\0\0\0\x03\x03\x03\x03\x03\x03\x03\x03",
+        ];
+        assert_eq!(records.encode(), expected.concat());
+    }
+
+    #[test]
     fn no_mutilated_file_is_a_panic() {
         let good = sample().encode();
         for length in 0..good.len() {

@@ -243,6 +243,36 @@ fn a_suspended_guest_does_not_wait_for_a_full_disk() {
     assert!(error.is_out_of_space(), "{error}");
 }
 
+#[test]
+fn once_the_switch_returns_the_disk_is_not_touched() {
+    let lab = Lab::new();
+    let take = lab.store.begin(&name("lab")).unwrap();
+    let options = WriterOptions::default();
+    let mut writer = MemberWriter::create(take.dir(), &name("a"), &options).unwrap();
+    let handle = writer.handle();
+    let pages = take.dir().join("members/a/pages");
+    let length = || fs::metadata(&pages).unwrap().len();
+    std::thread::scope(|scope| {
+        let guest = scope.spawn(|| {
+            for nth in 0.. {
+                let (pfn, page) = (nth % 10_000, page(nth));
+                writer.page(pfn, PageType::Normal, Some(&page)).unwrap();
+                if writer.handle().pages_final() == 5000 {
+                    break;
+                }
+            }
+        });
+        while length() == 0 {
+            std::thread::yield_now();
+        }
+        handle.enter_final();
+        let before = length();
+        guest.join().unwrap();
+        assert_eq!(length(), before);
+    });
+    assert_eq!(handle.pages_spilled(), 0);
+}
+
 /// Runs `limited_child` below in a process whose files may have 64 KiB.
 #[test]
 fn a_file_size_limit_is_a_clean_error_and_leaves_nothing() {

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::error::Error;
 use super::files::{self, Lock};
@@ -50,17 +50,22 @@ pub struct MemberHandle(Arc<Shared>);
 #[derive(Debug, Default)]
 struct Shared {
     is_final: AtomicBool,
+    /// Held while a page may be written to disk for a running guest.
+    disk: Mutex<()>,
     pages_received: AtomicU64,
     pages_final: AtomicU64,
     pages_spilled: AtomicU64,
 }
 
 impl MemberHandle {
-    /// From now on pages are kept in memory and the disk isn't touched until
-    /// [`MemberWriter::finish`]. To be called just before the guest is
-    /// suspended: a write that is under way (at most 1 MiB) still ends.
+    /// From its return on, pages are kept in memory and the disk isn't touched
+    /// until [`MemberWriter::finish`].
+    ///
+    /// Waits for a write that is under way (at most 1 MiB), so it's to be called
+    /// just before the guest is suspended and not after.
     pub fn enter_final(&self) {
         self.0.is_final.store(true, Ordering::Release);
+        drop(self.0.lock_disk());
     }
 
     /// Whether [`MemberHandle::enter_final`] was called.
@@ -82,6 +87,13 @@ impl MemberHandle {
     /// [`MemberStats::pages_spilled`].
     pub fn pages_spilled(&self) -> u64 {
         self.0.pages_spilled.load(Ordering::Relaxed)
+    }
+}
+
+impl Shared {
+    /// The lock guards no data, so a panic under it leaves nothing broken.
+    fn lock_disk(&self) -> MutexGuard<'_, ()> {
+        self.disk.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -380,10 +392,13 @@ impl Sink for MemberWriter {
     }
 
     fn page(&mut self, pfn: u64, page_type: PageType, data: Option<&Page>) -> Result<()> {
+        let shared = Arc::clone(&self.handle.0);
+        let disk = shared.lock_disk();
         let last = self.handle.is_final();
+        // While the guest runs, enter_final waits until this page is dealt with.
+        let _disk = (!last).then_some(disk);
         self.stats.pages_received += 1;
         self.stats.pages_final += u64::from(last);
-        let shared = &self.handle.0;
         shared
             .pages_received
             .store(self.stats.pages_received, Ordering::Relaxed);

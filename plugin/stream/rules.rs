@@ -15,6 +15,9 @@ const MSR_ENTRY_BYTES: usize = 16;
 /// `sizeof(struct xc_sr_rec_x86_tsc_info)`.
 const TSC_INFO_BYTES: usize = 24;
 
+/// `sizeof(struct xc_sr_rec_x86_pv_vcpu_hdr)`.
+const VCPU_HEADER_BYTES: usize = 8;
+
 /// What a record type means to a reader.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Class {
@@ -102,7 +105,7 @@ impl Rules {
             rec::X86_PV_P2M_FRAMES => self.p2m_frames(body),
             rec::X86_PV_VCPU_BASIC => self.vcpu_basic(body),
             rec::X86_PV_VCPU_EXTENDED | rec::X86_PV_VCPU_XSAVE | rec::X86_PV_VCPU_MSRS => {
-                word(body, 0).map(|_vcpu| ())
+                vcpu(body).map(|_vcpu| ())
             }
             rec::SHARED_INFO => must_be(body, PAGE_SIZE),
             rec::X86_TSC_INFO => must_be(body, TSC_INFO_BYTES),
@@ -198,13 +201,9 @@ impl Rules {
     }
 
     fn vcpu_basic(&mut self, body: &[u8]) -> Checked<()> {
-        let vcpu = word(body, 0)?;
         // An empty one doesn't count (specification, errata 1).
-        if vcpu == 0 && body.len() > 8 {
+        if vcpu(body)? == 0 && body.len() > VCPU_HEADER_BYTES {
             self.vcpu0 = true;
-        }
-        if body.len() < 8 {
-            return Err("it is too short".to_owned());
         }
         Ok(())
     }
@@ -227,6 +226,14 @@ impl Rules {
         };
         Err(format!("the stream ends without {missing}"))
     }
+}
+
+/// The virtual CPU that a record is about.
+fn vcpu(body: &[u8]) -> Checked<u32> {
+    if body.len() < VCPU_HEADER_BYTES {
+        return Err(format!("it is only {} bytes long", body.len()));
+    }
+    word(body, 0)
 }
 
 fn hvm_params(body: &[u8]) -> Checked<()> {
@@ -381,7 +388,7 @@ mod tests {
             (rec::HVM_PARAMS, 7),
             (rec::HVM_PARAMS, 24),
             (rec::X86_PV_VCPU_BASIC, 7),
-            (rec::X86_PV_VCPU_XSAVE, 3),
+            (rec::X86_PV_VCPU_XSAVE, 7),
             (rec::VERIFY, 1),
             (rec::END, 8),
         ];
