@@ -15,18 +15,26 @@ pub fn boottime_ns() -> u64 {
     time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
 }
 
-/// Ticks at an interval. Missed ticks are dropped, not caught up with.
+/// Ticks at an interval. Missed ticks are dropped, but for as many as a
+/// given time holds.
 pub struct Pace {
     interval: Duration,
     next: Instant,
+    catch_up: Duration,
 }
 
 impl Pace {
-    /// The first tick is now.
+    /// The first tick is now; no missed tick is caught up with.
     pub fn new(interval: Duration) -> Self {
+        Self::catching_up(interval, Duration::ZERO)
+    }
+
+    /// The first tick is now; ticks missed in the last `limit` follow at once.
+    pub fn catching_up(interval: Duration, limit: Duration) -> Self {
         Pace {
             interval,
             next: Instant::now(),
+            catch_up: limit,
         }
     }
 
@@ -36,6 +44,32 @@ impl Pace {
         if let Some(pause) = self.next.checked_duration_since(now) {
             std::thread::sleep(pause);
         }
-        self.next = (self.next + self.interval).max(Instant::now());
+        let now = Instant::now();
+        let earliest = now.checked_sub(self.catch_up).unwrap_or(now);
+        self.next = (self.next + self.interval).max(earliest);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ticks_after_a_stall(catch_up: Duration) -> u32 {
+        let mut pace = Pace::catching_up(Duration::from_millis(1), catch_up);
+        pace.wait();
+        std::thread::sleep(Duration::from_millis(60));
+        let start = Instant::now();
+        let mut ticks = 0;
+        while start.elapsed() < Duration::from_millis(5) {
+            pace.wait();
+            ticks += 1;
+        }
+        ticks
+    }
+
+    #[test]
+    fn missed_ticks_are_caught_up_with_only_within_the_limit() {
+        assert!(ticks_after_a_stall(Duration::ZERO) <= 8);
+        assert!(ticks_after_a_stall(Duration::from_millis(30)) >= 20);
     }
 }

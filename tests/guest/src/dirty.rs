@@ -11,6 +11,8 @@ use crate::status::{self, lock, Status};
 
 const PAGE_WORDS: usize = 512;
 const TICKS_PER_S: u32 = 100;
+/// A guest that didn't get its processor writes more later, up to so much.
+const CATCH_UP: Duration = Duration::from_millis(300);
 /// Mismatches that are printed; all are counted.
 const PRINTED_MAX: u64 = 20;
 
@@ -53,7 +55,7 @@ fn run(pages_per_s: u32, working_set_mib: u32, count: &Mutex<Count>) {
     let stride = stride(number);
     let mut index = 0;
     let mut owed = 0u32;
-    let mut pace = Pace::new(Duration::from_secs(1) / TICKS_PER_S);
+    let mut pace = Pace::catching_up(Duration::from_secs(1) / TICKS_PER_S, CATCH_UP);
     loop {
         pace.wait();
         owed += pages_per_s;

@@ -131,6 +131,14 @@ END
 echo 'XENCONSOLED_ARGS="--log=guest"' >>"$root/etc/default/xen"
 mkdir -p "$root/var/log/xen/console" "$root/var/lib/xl-vne-lab"
 
+# Xen's own checker of save files doesn't find its modules by itself.
+cat >"$root/usr/local/bin/verify-stream-v2" <<'END'
+#!/bin/sh
+set -- /usr/lib/xen-4.*/bin/verify-stream-v2 "$@"
+PYTHONPATH=${1%/bin/*}/lib/python exec "$@"
+END
+chmod 755 "$root/usr/local/bin/verify-stream-v2"
+
 # What is started from outside: Xen, dom0's kernel, and what guests need.
 version=$(basename "$(ls -d "$root"/lib/modules/* | head -n1)")
 echo "$version" >"$OUT/kernel-version"

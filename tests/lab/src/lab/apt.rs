@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use anyhow::{bail, Context, Result};
 
-use super::cache::{Cache, Lock};
+use super::cache::{Cache, Key, Lock};
 use super::process;
 
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
@@ -97,15 +97,22 @@ impl Apt {
         Ok(lines)
     }
 
-    /// The versions of a source package, the newest last.
+    /// The versions of a source package, the newest first.
     pub fn source_versions(&self, package: &str) -> Result<Vec<String>> {
         let text = process::capture(self.command("apt-cache").args(["showsrc", package]))?;
-        let mut versions: Vec<String> = text
+        let mut versions: Vec<String> = Vec::new();
+        for version in text
             .lines()
             .filter_map(|line| line.strip_prefix("Version: "))
-            .map(str::to_owned)
-            .collect();
-        versions.dedup();
+        {
+            let place = versions
+                .iter()
+                .position(|known| !older(version, known))
+                .unwrap_or(versions.len());
+            if versions.get(place).is_none_or(|known| known != version) {
+                versions.insert(place, version.to_owned());
+            }
+        }
         if versions.is_empty() {
             bail!(
                 "{} has no source package {package} that apt can see",
@@ -115,18 +122,51 @@ impl Apt {
         Ok(versions)
     }
 
-    /// Fetches and unpacks a source package as `dir/NAME`.
-    pub fn unpack_source(&self, package: &str, version: &str, dir: &Path, to: &str) -> Result<()> {
-        let log = dir.join("fetch.log");
+    /// Finds, or fetches and unpacks, a source package: its folder, and what
+    /// it's keyed by. The newest version that the archive really has is
+    /// taken: an index may name sources that have gone from the mirror.
+    pub fn source(&self, cache: &Cache, package: &str) -> Result<(PathBuf, String)> {
+        let versions = self.source_versions(package)?;
+        let key = Key::new("source")
+            .with("package", package)
+            .with("versions", versions.join(" "))
+            .finish();
+        let dir = cache.artefact(&format!("{package}-src"), &key, |out| {
+            let mut failures = String::new();
+            for version in &versions {
+                match self.unpack_source(package, version, out) {
+                    Ok(()) => {
+                        return std::fs::write(out.join("version"), version)
+                            .context("cannot note the source's version");
+                    }
+                    Err(error) => failures.push_str(&format!("\n{version}: {error:#}")),
+                }
+            }
+            bail!(
+                "none of the archive's versions of the source of {package} can be fetched; \
+                 `cargo xtask lab prepare --refresh` renews the lists:{failures}"
+            )
+        })?;
+        Ok((dir.join(package), key))
+    }
+
+    fn unpack_source(&self, package: &str, version: &str, out: &Path) -> Result<()> {
+        // A folder of its own, so that an earlier failure leaves nothing here.
+        let fetched = out.join("fetched");
+        if fetched.exists() {
+            fs::remove_dir_all(&fetched).context("cannot clear an earlier download")?;
+        }
+        fs::create_dir(&fetched).context("cannot create a folder for a download")?;
+        let log = out.join("fetch.log");
         process::logged(
             self.command("apt-get")
                 .args(["source", "--download-only", "-q"])
                 .arg(format!("{package}={version}"))
-                .current_dir(dir),
+                .current_dir(&fetched),
             &log,
             INSTALL_LIMIT,
         )?;
-        let dsc = fs::read_dir(dir)
+        let dsc = fs::read_dir(&fetched)
             .context("cannot list what apt fetched")?
             .filter_map(|entry| entry.ok().map(|entry| entry.path()))
             .find(|path| path.extension().is_some_and(|e| e == "dsc"))
@@ -136,10 +176,11 @@ impl Apt {
             Command::new("dpkg-source")
                 .args(["--no-check", "-x"])
                 .arg(&dsc)
-                .arg(dir.join(to)),
+                .arg(out.join(package)),
             &log,
             INSTALL_LIMIT,
-        )
+        )?;
+        fs::remove_dir_all(&fetched).context("cannot remove a download")
     }
 
     fn update(&self, refresh: bool) -> Result<()> {
@@ -256,6 +297,13 @@ pub fn install(wanted: &[(&str, &str)]) -> Result<()> {
 pub fn is_root() -> bool {
     // SAFETY: geteuid has no preconditions and can't fail.
     unsafe { libc::geteuid() == 0 }
+}
+
+/// Whether a version is older than another one, as Debian sees it. When that
+/// can't be told, the order of the index stands.
+fn older(version: &str, than: &str) -> bool {
+    process::output(Command::new("dpkg").args(["--compare-versions", version, "lt", than]))
+        .is_ok_and(|output| output.status.success())
 }
 
 fn parse_targets(text: &str) -> Vec<(String, Archive)> {

@@ -1,17 +1,53 @@
 //! The emulators: the distribution's own, and one with a repair for PVH.
 
 use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
 
-use anyhow::{bail, Result};
+use anyhow::Result;
 
-use super::apt::Apt;
-use super::cache::Cache;
+use super::apt::{self, Apt};
+use super::cache::{Cache, Key};
+use super::process;
 use super::shape::Flavour;
 
+const SCRIPT: &str = include_str!("../../scripts/emulator.sh");
+const LIMIT: Duration = Duration::from_secs(2 * 3600);
+
+/// What the emulator's build takes.
+const TOOLS: &[(&str, &str)] = &[
+    ("ninja-build", "ninja"),
+    ("meson", "/usr/bin/meson"),
+    ("pkg-config", "pkg-config"),
+    ("libglib2.0-dev", "/usr/include/glib-2.0/glib.h"),
+    ("libpixman-1-dev", "/usr/include/pixman-1/pixman.h"),
+    ("libslirp-dev", "/usr/include/slirp/libslirp.h"),
+    ("libfdt-dev", "/usr/include/libfdt.h"),
+    ("zlib1g-dev", "/usr/include/zlib.h"),
+];
+
 /// Finds or builds the emulator of a flavour.
-pub fn emulator(_cache: &Cache, _apt: &Apt, flavour: Flavour) -> Result<PathBuf> {
+pub fn emulator(cache: &Cache, apt: &Apt, flavour: Flavour) -> Result<PathBuf> {
     match flavour {
         Flavour::Pv => Ok(PathBuf::from("qemu-system-x86_64")),
-        Flavour::Pvh => bail!("to be done"),
+        Flavour::Pvh => {
+            let (source, source_key) = apt.source(cache, "qemu")?;
+            let key = Key::new("emulator")
+                .with("script", SCRIPT)
+                .with("source", &source_key)
+                .finish();
+            let dir = cache.artefact("emulator", &key, |out| {
+                apt::install(TOOLS)?;
+                process::logged(
+                    Command::new("bash")
+                        .args(["-c", SCRIPT])
+                        .env("SRC", &source)
+                        .env("OUT", out),
+                    &out.join("build.log"),
+                    LIMIT,
+                )
+            })?;
+            Ok(dir.join("qemu-system-x86_64"))
+        }
     }
 }

@@ -214,8 +214,17 @@ pub fn binary(cache: &Cache) -> Result<PathBuf> {
     Ok(dir.join(target).join("release/vne-guest"))
 }
 
-/// The common part of all guests' initrds, and the name it has in a host.
-pub fn initrd(cache: &Cache, image: &Image) -> Result<(PathBuf, String)> {
+/// The common part of all guests' initrds.
+#[derive(Clone, Debug)]
+pub struct Initrd {
+    /// Where it is.
+    pub path: PathBuf,
+    /// The name it has in a host's folder.
+    pub name: String,
+}
+
+/// Finds or builds the common part of all guests' initrds.
+pub fn initrd(cache: &Cache, image: &Image) -> Result<Initrd> {
     let binary = binary(cache)?;
     let init =
         std::fs::read(&binary).with_context(|| format!("cannot read {}", binary.display()))?;
@@ -241,7 +250,10 @@ pub fn initrd(cache: &Cache, image: &Image) -> Result<(PathBuf, String)> {
         }
         std::fs::write(out.join("initrd"), cpio.finish()).context("cannot write the initrd")
     })?;
-    Ok((dir.join("initrd"), format!("initrd-{key}")))
+    Ok(Initrd {
+        path: dir.join("initrd"),
+        name: format!("initrd-{key}"),
+    })
 }
 
 /// The checkout that this program was started from.

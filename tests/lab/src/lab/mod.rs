@@ -28,12 +28,15 @@ use std::io::Write;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, bail, Context, Result};
 
 use booted::Booted;
 use cache::{Cache, Lock};
+use guest::Initrd;
 pub use guest::{workspace, Guest};
 use image::Image;
 use qemu::{shell_quote, Platform};
@@ -77,6 +80,8 @@ pub struct Lab {
     run: PathBuf,
     status: Status,
     supervisor: Option<Child>,
+    /// The guests' common initrd, once it's been asked for.
+    initrd: Mutex<Option<Initrd>>,
 }
 
 /// All that has to be built before a lab can start.
@@ -123,7 +128,7 @@ pub fn xen_source(suite: &str) -> Result<PathBuf> {
     apt::install(&[("dpkg-dev", "dpkg-source")])?;
     let cache = Cache::open()?;
     let apt = apt::Apt::open(&cache, suite, false)?;
-    Ok(xen::source(&cache, &apt)?.dir)
+    Ok(apt.source(&cache, "xen")?.0)
 }
 
 /// Ends the lab that's up, in whatever condition; says whether there was one.
@@ -171,6 +176,7 @@ impl Lab {
                 run,
                 status,
                 supervisor: None,
+                initrd: Mutex::new(None),
             };
             return lab.await_ready();
         }
@@ -188,7 +194,7 @@ impl Lab {
         let supervisor = start_supervisor(&job)?;
         let lab = Lab {
             cache,
-            run,
+            run: run.clone(),
             status: Status {
                 pid: supervisor.id(),
                 shape: shape.clone(),
@@ -198,13 +204,19 @@ impl Lab {
                 hosts: Vec::new(),
             },
             supervisor: Some(supervisor),
+            initrd: Mutex::new(None),
+        };
+        let lab = lab.await_ready().and_then(|lab| {
+            for host in 0..shape.hosts {
+                lab.install_tool(host)?;
+            }
+            Ok(lab)
+        });
+        if lab.is_err() {
+            // The error at hand is the one to report.
+            let _ = end(&run);
         }
-        .await_ready()?;
-        let tool = guest::binary(&lab.cache)?;
-        for host in 0..shape.hosts {
-            lab.put(host, &tool, "/usr/local/bin/vne-guest")?;
-        }
-        Ok(lab)
+        lab
     }
 
     /// The lab that's up.
@@ -223,6 +235,7 @@ impl Lab {
                 run,
                 status,
                 supervisor: None,
+                initrd: Mutex::new(None),
             }
             .await_ready()
             .map(Some),
@@ -238,15 +251,18 @@ impl Lab {
     fn await_ready(mut self) -> Result<Self> {
         let deadline = Instant::now() + UP_LIMIT;
         loop {
-            if let Some(status) = supervisor::ask(&self.run, &Request::Status)? {
-                match &status.phase {
+            match supervisor::ask(&self.run, &Request::Status)? {
+                Some(status) => match &status.phase {
                     Phase::Ready => {
                         self.status = status;
                         return Ok(self);
                     }
                     Phase::Failed(why) => bail!("the lab failed: {why}"),
                     Phase::Starting => {}
-                }
+                },
+                None if self.supervisor.is_none() => bail!("the lab has gone"),
+                // It's only just being started.
+                None => {}
             }
             if let Some(child) = &mut self.supervisor {
                 let ended = child
@@ -323,17 +339,17 @@ impl Lab {
     /// Starts a guest and waits until it's ready.
     pub fn guest(&self, host: usize, guest: &Guest) -> Result<()> {
         guest.check()?;
-        let (initrd, name) = guest::initrd(&self.cache, &self.status.image)?;
+        let initrd = self.initrd()?;
         let overlay = guest.overlay(host)?;
-        let script = guest.script(host, self.status.shape.flavour, &name);
+        let script = guest.script(host, self.status.shape.flavour, &initrd.name);
         for _ in 0..2 {
             let output = self.with_input(host, &script, &overlay)?;
             match output.status.code() {
                 Some(0) => return Ok(()),
                 Some(guest::INITRD_MISSING) => {
-                    let path = format!("{}/{name}", guest::FOLDER);
-                    self.put(host, &initrd, &format!("{path}.new"))?;
-                    self.run(host, &format!("mv {path}.new {path}"))?;
+                    let path = format!("{}/{}", guest::FOLDER, initrd.name);
+                    self.install(host, &initrd.path, &path)?;
+                    self.install_tool(host)?;
                 }
                 _ => bail!(
                     "cannot start guest {} on host {host} ({}): {}",
@@ -344,6 +360,50 @@ impl Lab {
             }
         }
         bail!("host {host} keeps losing its guests' initrd")
+    }
+
+    /// Starts several guests at once, and waits until all are ready.
+    pub fn guests(&self, guests: &[(usize, Guest)]) -> Result<()> {
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = guests
+                .iter()
+                .map(|(host, guest)| scope.spawn(move || self.guest(*host, guest)))
+                .collect();
+            threads.into_iter().try_for_each(|thread| {
+                thread
+                    .join()
+                    .unwrap_or_else(|_| bail!("starting a guest has panicked"))
+            })
+        })
+    }
+
+    fn initrd(&self) -> Result<Initrd> {
+        let mut initrd = self.initrd.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*initrd {
+            Some(initrd) => Ok(initrd.clone()),
+            None => {
+                let built = guest::initrd(&self.cache, &self.status.image)?;
+                Ok(initrd.insert(built).clone())
+            }
+        }
+    }
+
+    /// Puts the guests' program into dom0, where it serves as a tool.
+    fn install_tool(&self, host: usize) -> Result<()> {
+        let tool = guest::binary(&self.cache)?;
+        self.install(host, &tool, "/usr/local/bin/vne-guest")
+    }
+
+    /// Puts a file into a host in one step, even where one is in use.
+    fn install(&self, host: usize, from: &Path, to: &str) -> Result<()> {
+        static COUNT: AtomicU64 = AtomicU64::new(0);
+        let aside = format!(
+            "{to}.{}-{}",
+            std::process::id(),
+            COUNT.fetch_add(1, Ordering::Relaxed)
+        );
+        self.put(host, from, &aside)?;
+        self.run(host, &format!("mv {aside} {to}")).map(drop)
     }
 
     /// All that a guest's console ever said, whether or not it still runs.

@@ -156,6 +156,15 @@ impl Machine {
     /// Starts an emulator; with `state` it doesn't boot but carries on from
     /// that file.
     pub fn start(platform: &Platform, files: &Files, state: Option<&Path>) -> Result<Self> {
+        for path in [&platform.kernel, &platform.initrd] {
+            // QEMU splits its list of boot modules there, and knows no quotes.
+            if path.to_string_lossy().contains([',', ' ']) {
+                bail!(
+                    "{} has a comma or a space in it: set XL_VNE_CACHE to a folder without",
+                    path.display()
+                );
+            }
+        }
         let ssh_port = free_port()?;
         for socket in [files.qmp(), files.console_socket(), files.nic()] {
             check_socket_path(&socket)?;
