@@ -134,6 +134,7 @@ extern "C" fn vne_worker(argc: c_int, argv: *mut *mut c_char) -> c_int {
 
 fn command(argc: c_int, argv: *mut *mut c_char, run: fn(&Host, Vec<OsString>) -> c_int) -> c_int {
     let status = catch_unwind(AssertUnwindSafe(|| {
+        ignore_broken_pipes();
         let arguments = arguments(argc, argv);
         match host() {
             Some(host) => run(&host, arguments),
@@ -142,6 +143,14 @@ fn command(argc: c_int, argv: *mut *mut c_char, run: fn(&Host, Vec<OsString>) ->
     }));
     // The panic's own message is on stderr already.
     status.unwrap_or(1)
+}
+
+/// As Rust's own main does: a reader of ours that has gone is an error of one
+/// write, and must end neither a worker nor a guard that still has to clean up.
+fn ignore_broken_pipes() {
+    // SAFETY: SIG_IGN is no handler that could be called; xl has no other
+    // thread at this point.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
 }
 
 fn arguments(argc: c_int, argv: *mut *mut c_char) -> Vec<OsString> {

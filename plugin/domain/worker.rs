@@ -225,7 +225,12 @@ fn capture(
         writer: writer.handle(),
         done_ns: Arc::default(),
     };
-    let reader = spawn_reader(stream_out, writer, Arc::clone(&last_pages.done_ns));
+    let sink = Observed {
+        writer,
+        pages_done_ns: Arc::clone(&last_pages.done_ns),
+        orders: Arc::clone(orders),
+    };
+    let reader = spawn_reader(stream_out, sink);
     let asker = Asker {
         socket,
         policy: Policy::new(policy),
@@ -321,16 +326,8 @@ struct LastPages {
     done_ns: Arc<AtomicU64>,
 }
 
-fn spawn_reader(
-    stream: OwnedFd,
-    writer: MemberWriter,
-    pages_done_ns: Arc<AtomicU64>,
-) -> JoinHandle<Result<MemberWriter, String>> {
+fn spawn_reader(stream: OwnedFd, mut sink: Observed) -> JoinHandle<Result<MemberWriter, String>> {
     std::thread::spawn(move || {
-        let mut sink = Observed {
-            writer,
-            pages_done_ns,
-        };
         Ingest::new(std::fs::File::from(stream))
             .run(&mut sink)
             .map_err(|error| sentence(&error))?;
@@ -338,28 +335,42 @@ fn spawn_reader(
     })
 }
 
-/// The image writer, with a look at the clock.
+/// The image writer, with an eye on the clock and on the engine's orders.
 struct Observed {
     writer: MemberWriter,
     pages_done_ns: Arc<AtomicU64>,
+    orders: Arc<Orders>,
+}
+
+/// Why the reader stops before the stream's end. The helper then finds its
+/// pipe closed, gives up, and the guest runs on.
+#[derive(Debug, thiserror::Error)]
+enum Stopped {
+    /// The store can't take it.
+    #[error(transparent)]
+    Image(#[from] crate::image::Error),
+    /// The engine wants no more of it. The first round takes seconds, and the
+    /// policy isn't asked meanwhile.
+    #[error("called off")]
+    CalledOff,
 }
 
 impl Sink for Observed {
-    type Error = <MemberWriter as Sink>::Error;
+    type Error = Stopped;
 
     fn xl_header(&mut self, legacy: bool) -> Result<(), Self::Error> {
-        self.writer.xl_header(legacy)
+        Ok(self.writer.xl_header(legacy)?)
     }
 
     fn xc_header(&mut self, header: &XcHeader) -> Result<(), Self::Error> {
-        self.writer.xc_header(header)
+        Ok(self.writer.xc_header(header)?)
     }
 
     fn record(&mut self, place: Place, record_type: u32, body: &[u8]) -> Result<(), Self::Error> {
         if place == Place::XcAfter && self.pages_done_ns.load(Ordering::Relaxed) == 0 {
             self.pages_done_ns.store(now_ns(), Ordering::Relaxed);
         }
-        self.writer.record(place, record_type, body)
+        Ok(self.writer.record(place, record_type, body)?)
     }
 
     fn page(
@@ -368,11 +379,24 @@ impl Sink for Observed {
         page_type: PageType,
         data: Option<&Page>,
     ) -> Result<(), Self::Error> {
-        self.writer.page(pfn, page_type, data)
+        // A look at a flag for every 64th page costs nothing that shows.
+        if pfn % 64 == 0 && self.orders.now() == Order::Abort {
+            return Err(Stopped::CalledOff);
+        }
+        Ok(self.writer.page(pfn, page_type, data)?)
+    }
+
+    fn verify_page(
+        &mut self,
+        pfn: u64,
+        page_type: PageType,
+        data: Option<&Page>,
+    ) -> Result<(), Self::Error> {
+        Ok(self.writer.verify_page(pfn, page_type, data)?)
     }
 
     fn end(&mut self) -> Result<(), Self::Error> {
-        self.writer.end()
+        Ok(self.writer.end()?)
     }
 }
 

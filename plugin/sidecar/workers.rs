@@ -1,22 +1,22 @@
 //! Starting workers, and hearing of them.
 
-use std::collections::VecDeque;
-use std::io::{BufRead, BufReader, Read};
+use std::fs::File;
+use std::io::BufReader;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::journal::{start_ticks, JournalProcess};
 use crate::domain::messages::{self, Event};
 
-/// Lines of a worker's stderr that are kept to explain a failure.
-const STDERR_LINES_MAX: usize = 40;
-const STDERR_LINE_BYTES_MAX: u64 = 1024;
+/// What is shown of a worker's stderr to explain a failure.
+const LAST_WORDS_LINES_MAX: usize = 12;
+const LAST_WORDS_BYTES_MAX: usize = 8 << 10;
 
 /// The command that starts workers: xl itself, with the plugin in it.
 #[derive(Debug, Clone)]
@@ -67,7 +67,7 @@ pub enum Heard {
 pub struct Worker {
     child: Child,
     socket: UnixStream,
-    stderr: Arc<Mutex<VecDeque<String>>>,
+    words: File,
     /// Who it is, for the journal.
     pub process: JournalProcess,
 }
@@ -82,16 +82,17 @@ impl Worker {
         heard: Sender<Heard>,
     ) -> std::io::Result<Self> {
         let (ours, theirs) = UnixStream::pair()?;
-        let mut child = program
+        let words = words_file()?;
+        let stderr = if program.verbosity > 1 {
+            Stdio::inherit()
+        } else {
+            Stdio::from(words.try_clone()?)
+        };
+        let child = program
             .command(&["capture", "--", domain])
             .stdin(Stdio::from(OwnedFd::from(theirs)))
-            .stderr(Stdio::piped())
+            .stderr(stderr)
             .spawn()?;
-        let stderr = Arc::new(Mutex::new(VecDeque::new()));
-        if let Some(pipe) = child.stderr.take() {
-            let kept = Arc::clone(&stderr);
-            std::thread::spawn(move || keep_lines(pipe, &kept));
-        }
         let mut reader = BufReader::new(ours.try_clone()?);
         std::thread::spawn(move || {
             // A receiver that is gone means that nobody wants to know.
@@ -106,7 +107,7 @@ impl Worker {
         Ok(Self {
             child,
             socket: ours,
-            stderr,
+            words,
             process: JournalProcess {
                 pid,
                 start_ticks: start_ticks(pid).unwrap_or_default(),
@@ -121,8 +122,18 @@ impl Worker {
 
     /// The last lines that it wrote to stderr.
     pub fn last_words(&self) -> Vec<String> {
-        let lines = self.stderr.lock().unwrap_or_else(PoisonError::into_inner);
-        lines.iter().cloned().collect()
+        let length = self.words.metadata().map_or(0, |facts| facts.len());
+        let mut tail = vec![0; LAST_WORDS_BYTES_MAX];
+        let from = length.saturating_sub(LAST_WORDS_BYTES_MAX as u64);
+        let read = self.words.read_at(&mut tail, from).unwrap_or(0);
+        tail.truncate(read);
+        let text = String::from_utf8_lossy(&tail);
+        let lines: Vec<&str> = text.lines().collect();
+        let last = lines.len().saturating_sub(LAST_WORDS_LINES_MAX);
+        lines[last..]
+            .iter()
+            .map(|line| (*line).to_owned())
+            .collect()
     }
 
     /// Waits for it to end by itself until `deadline`, then kills it.
@@ -149,22 +160,10 @@ impl Worker {
     }
 }
 
-fn keep_lines(pipe: impl Read, kept: &Mutex<VecDeque<String>>) {
-    let mut reader = BufReader::new(pipe);
-    loop {
-        let mut line = Vec::new();
-        let read = (&mut reader)
-            .take(STDERR_LINE_BYTES_MAX)
-            .read_until(b'\n', &mut line);
-        if !matches!(read, Ok(count) if count > 0) {
-            return;
-        }
-        let text = String::from_utf8_lossy(&line).trim_end().to_owned();
-        log::debug!("worker: {text}");
-        let mut lines = kept.lock().unwrap_or_else(PoisonError::into_inner);
-        if lines.len() == STDERR_LINES_MAX {
-            lines.pop_front();
-        }
-        lines.push_back(text);
-    }
+/// A file in memory for what a worker writes to stderr. Not a pipe: libxl's
+/// save helper would be ended by SIGPIPE, in the middle of a cut, if this
+/// process were killed.
+fn words_file() -> std::io::Result<File> {
+    let file = rustix::fs::memfd_create(c"vne-worker", rustix::fs::MemfdFlags::CLOEXEC)?;
+    Ok(File::from(file))
 }
