@@ -346,7 +346,10 @@ impl Control {
     /// Executes one command and returns its result.
     pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value> {
         let request = json!({"execute": command, "arguments": arguments});
-        writeln!(self.writer, "{request}").context("cannot write to an emulator")?;
+        // In one piece: `quit` is done before a line break that follows it.
+        self.writer
+            .write_all(format!("{request}\n").as_bytes())
+            .context("cannot write to an emulator")?;
         loop {
             let mut answer = self.line()?;
             if let Some(result) = answer.get_mut("return") {
@@ -385,7 +388,9 @@ impl Control {
                 _ => std::thread::sleep(Duration::from_millis(100)),
             }
         }
-        self.execute("quit", json!({})).map(drop)
+        // It may be gone before its answer is; its end is waited for anyway.
+        let _ = self.execute("quit", json!({}));
+        Ok(())
     }
 
     /// Sets a machine going that has loaded its state; says whether it runs.

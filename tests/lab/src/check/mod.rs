@@ -1,0 +1,131 @@
+//! The lab tests: what the product promises, on real Xen.
+
+mod downtime;
+mod failure;
+mod input;
+mod loader;
+mod vne;
+mod whole;
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+
+use crate::lab::{Flavour, Lab, Life, Shape};
+use crate::product;
+pub use vne::Vne;
+
+/// One test: what it shows, and how.
+struct Check {
+    name: &'static str,
+    run: fn(&Vne) -> Result<String>,
+}
+
+/// In this order, since a lab is dear: later ones use what earlier ones left.
+const PV: &[Check] = &[
+    Check {
+        name: "broken_plugins_cost_one_line_and_built_ins_go_on",
+        run: loader::broken_plugins,
+    },
+    Check {
+        name: "bad_input_is_one_clear_line_and_touches_nothing",
+        run: input::bad_input,
+    },
+    Check {
+        name: "guests_go_on_through_20_snapshots_in_a_row",
+        run: whole::twenty_in_a_row,
+    },
+    Check {
+        name: "an_export_passes_verify_stream_v2_and_stock_xl_restores_it",
+        run: whole::export_is_stock,
+    },
+    Check {
+        name: "a_file_of_xl_save_is_refused_with_a_reason",
+        run: whole::save_file_is_refused,
+    },
+    Check {
+        name: "ten_restores_never_show_two_tokens_or_one_from_the_future",
+        run: whole::ten_restores,
+    },
+    Check {
+        name: "killed_at_any_phase_everybody_runs_within_5_s",
+        run: failure::killed_at_each_phase,
+    },
+    Check {
+        name: "a_full_disk_fails_the_take_and_harms_nobody",
+        run: failure::full_disk,
+    },
+    Check {
+        name: "downtime_is_near_the_floor_and_far_below_xl_save",
+        run: downtime::compared,
+    },
+];
+
+const PVH: &[Check] = &[
+    Check {
+        name: "pvh_guests_go_on_through_snapshots",
+        run: whole::three_in_a_row,
+    },
+    Check {
+        name: "pvh_restores_as_it_was",
+        run: whole::one_restore,
+    },
+];
+
+/// Passed and failed.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct Tally {
+    /// How many did what they should.
+    pub passed: u32,
+    /// How many didn't.
+    pub failed: u32,
+}
+
+impl Tally {
+    /// Counts one result.
+    pub fn count(&mut self, good: bool) {
+        if good {
+            self.passed += 1;
+        } else {
+            self.failed += 1;
+        }
+    }
+}
+
+/// Runs the tests of a flavour whose name contains `filter`.
+pub fn run(flavour: Flavour, filter: &str, tally: &mut Tally) -> Result<()> {
+    let checks = match flavour {
+        Flavour::Pv => PV,
+        Flavour::Pvh => PVH,
+    };
+    let chosen: Vec<&Check> = checks.iter().filter(|c| c.name.contains(filter)).collect();
+    if chosen.is_empty() {
+        return Ok(());
+    }
+    let stage: PathBuf = product::stage()?;
+    let measure = product::measure()?;
+    let shape = Shape {
+        flavour,
+        ..Shape::default()
+    };
+    let lab = Lab::up(&shape, Life::Tied)?;
+    product::install(&lab, 0, &stage)?;
+    lab.put(0, &measure, "/usr/local/bin/measure")?;
+    let vne = Vne::start(lab).context("the VNE under test doesn't start")?;
+    for check in chosen {
+        let start = Instant::now();
+        let result = (check.run)(&vne).and_then(|told| vne.intact().map(|()| told));
+        let seconds = start.elapsed().as_secs();
+        tally.count(result.is_ok());
+        match result {
+            Ok(told) => println!("test {} ... ok ({seconds} s)\n{told}", check.name),
+            Err(error) => {
+                println!("test {} ... FAILED ({seconds} s)\n  {error:#}", check.name);
+                println!("{}", vne.state_for_humans());
+                vne.start_afresh().context("after a failed test")?;
+            }
+        }
+    }
+    Ok(())
+}
