@@ -88,6 +88,12 @@ enum Verb {
     Export(export::Arguments),
 }
 
+/// The command line of `xl vne-snapshot`, for whoever checks that the manual
+/// and the shell's completion know all of it.
+pub fn command() -> clap::Command {
+    <Arguments as clap::CommandFactory>::command()
+}
+
 /// `xl vne-snapshot`.
 pub fn main(host: &Host, arguments: Vec<OsString>) -> c_int {
     start_log(host.verbosity);
@@ -222,8 +228,7 @@ mod tests {
 
     #[test]
     fn the_command_line_is_consistent() {
-        use clap::CommandFactory;
-        Arguments::command().debug_assert();
+        command().debug_assert();
     }
 
     #[test]
