@@ -99,6 +99,11 @@ printf '127.0.0.1 localhost host%s\n' "$host" >/etc/hosts
 mac=$(printf '52:54:00:76:01:%02x' "$host")
 ip link set eth1 address "$mac"
 ip link set xenbr0 address "$mac"
+# Link-local addresses follow from the MAC; without this it's the old one's.
+for interface in eth1 xenbr0; do
+    echo 1 >"/proc/sys/net/ipv6/conf/$interface/disable_ipv6"
+    echo 0 >"/proc/sys/net/ipv6/conf/$interface/disable_ipv6"
+done
 ip addr replace "10.77.0.$((host + 1))/16" dev xenbr0
 tr -d - </proc/sys/kernel/random/uuid >/etc/machine-id
 END
@@ -121,7 +126,8 @@ in_root systemctl -q enable lab-net.service
 in_root systemctl -q mask apt-daily.timer apt-daily-upgrade.timer \
     dpkg-db-backup.timer e2scrub_all.timer e2scrub_reap.service fstrim.timer \
     systemd-timesyncd.service xendomains.service \
-    systemd-networkd-wait-online.service
+    systemd-networkd-wait-online.service getty-static.service \
+    getty@tty1.service
 
 # xl: what a small host wants.
 cat >"$root/etc/xen/xl.conf" <<END

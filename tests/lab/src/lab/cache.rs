@@ -5,10 +5,15 @@
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{bail, Context, Result};
 use sha2::{Digest, Sha256};
+
+/// Length of a key as text.
+const KEY_DIGITS: usize = 16;
+/// How long an artefact is kept without being used.
+const UNUSED_MAX: Duration = Duration::from_secs(14 * 24 * 3600);
 
 /// What went into an artefact.
 pub struct Key {
@@ -40,7 +45,7 @@ impl Key {
         self.hash
             .finalize()
             .iter()
-            .take(8)
+            .take(KEY_DIGITS / 2)
             .map(|byte| format!("{byte:02x}"))
             .collect()
     }
@@ -105,6 +110,7 @@ impl Cache {
         build: impl FnOnce(&Path) -> Result<()>,
     ) -> Result<PathBuf> {
         if let Some(done) = self.existing(kind, key) {
+            touch(&done);
             return Ok(done);
         }
         let _lock = Lock::take(&self.root.join(format!("{kind}.lock")))?;
@@ -128,11 +134,45 @@ impl Cache {
         })?;
         fs::rename(&aside, &done)
             .with_context(|| format!("cannot move {} into place", aside.display()))?;
+        self.prune(kind, &done);
         eprintln!(
             "lab: built {kind} in {} s",
             started.elapsed().as_secs_f32().round()
         );
         Ok(done)
+    }
+}
+
+impl Cache {
+    /// Removes artefacts of a kind that nobody has used for long.
+    fn prune(&self, kind: &str, keep: &Path) {
+        let prefix = format!("{kind}-");
+        for entry in fs::read_dir(&self.root).into_iter().flatten().flatten() {
+            let name = entry.file_name();
+            let ours = name
+                .to_str()
+                .and_then(|name| name.strip_prefix(&prefix))
+                .is_some_and(|key| key.len() == KEY_DIGITS);
+            let unused = entry
+                .metadata()
+                .and_then(|data| data.modified())
+                .ok()
+                .and_then(|time| time.elapsed().ok())
+                .is_some_and(|age| age > UNUSED_MAX);
+            if ours && unused && entry.path() != keep {
+                eprintln!("lab: removing {}, long unused", entry.path().display());
+                // What's left of it is removed next time.
+                let _ = fs::remove_dir_all(entry.path());
+            }
+        }
+    }
+}
+
+/// Notes that an artefact is in use. Somebody else's can't be noted, and
+/// needn't be.
+fn touch(dir: &Path) {
+    if let Ok(file) = File::open(dir) {
+        let _ = file.set_modified(SystemTime::now());
     }
 }
 
@@ -213,6 +253,25 @@ mod tests {
         assert!(dir.join("whole").exists() && !dir.join("half").exists());
         let again = cache.artefact("thing", "k", |_| bail!("built twice"))?;
         assert_eq!(dir, again);
+        fs::remove_dir_all(root)?;
+        Ok(())
+    }
+
+    #[test]
+    fn only_artefacts_long_unused_are_removed() -> Result<()> {
+        let root = std::env::temp_dir().join(format!("xl-vne-prune-test-{}", std::process::id()));
+        let cache = Cache::at(root.clone())?;
+        let key = |letter: &str| letter.repeat(KEY_DIGITS);
+        let old = cache.artefact("thing", &key("a"), |_| Ok(()))?;
+        let used = cache.artefact("thing", &key("b"), |_| Ok(()))?;
+        let other = cache.artefact("thing-src", &key("c"), |_| Ok(()))?;
+        let long_ago = SystemTime::now() - UNUSED_MAX * 2;
+        for dir in [&old, &used, &other] {
+            File::open(dir)?.set_modified(long_ago)?;
+        }
+        cache.artefact("thing", &key("b"), |_| bail!("built twice"))?;
+        cache.artefact("thing", &key("d"), |_| Ok(()))?;
+        assert!(!old.exists() && used.exists() && other.exists());
         fs::remove_dir_all(root)?;
         Ok(())
     }

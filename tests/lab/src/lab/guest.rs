@@ -167,10 +167,16 @@ cd {FOLDER}
 cat >{name}.cfg <<'END-OF-CONFIG'
 {config}END-OF-CONFIG
 log={log}
+if xl domid {name} >/dev/null 2>&1; then
+    echo 'there is a domain of this name already' >&2
+    exit 1
+fi
 before=$(stat -c %s \"$log\" 2>/dev/null || echo 0)
 xl create -q {name}.cfg >&2
 if vne-guest await-ready \"$log\" --from \"$before\" --seconds {READY_LIMIT_S}; then exit 0; fi
 xl list >&2
+# Out of the way of the next attempt; what it said is kept.
+xl destroy {name} >/dev/null 2>&1
 exit 1",
             config = self.config(host, flavour),
         )

@@ -34,13 +34,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, bail, Context, Result};
 
+pub use apt::install;
 use booted::Booted;
 use cache::{Cache, Lock};
 use guest::Initrd;
 pub use guest::{workspace, Guest};
 use image::Image;
 use qemu::{shell_quote, Platform};
-pub use shape::{Flavour, Shape, HOSTS_MAX};
+pub use shape::{Flavour, Shape};
 use ssh::{Side, Ssh};
 use supervisor::Request;
 pub use supervisor::{supervise, Job, Phase, Status};
@@ -118,6 +119,7 @@ impl Artefacts {
 
 /// Installs and builds all that labs of a shape need.
 pub fn prepare(shape: &Shape, refresh: bool) -> Result<()> {
+    shape.check()?;
     let cache = Cache::open()?;
     let artefacts = Artefacts::get(&cache, shape, refresh)?;
     guest::initrd(&cache, &artefacts.image).map(drop)
@@ -158,9 +160,7 @@ fn alive(pid: u64) -> bool {
 impl Lab {
     /// Brings a lab up, or returns the one that's up when it has the shape.
     pub fn up(shape: &Shape, life: Life) -> Result<Self> {
-        if shape.hosts == 0 || shape.hosts > HOSTS_MAX {
-            bail!("a lab has 1 to {HOSTS_MAX} hosts, not {}", shape.hosts);
-        }
+        shape.check()?;
         let cache = Cache::open()?;
         let run = cache.dir("run")?;
         let _lock = Lock::take(&run.join("up.lock"))?;
@@ -428,6 +428,8 @@ impl Lab {
 
     /// Cuts or mends the wire from one host to another.
     pub fn link(&self, from: usize, to: usize, up: bool) -> Result<()> {
+        self.ssh(from)?;
+        self.ssh(to)?;
         supervisor::ask(&self.run, &Request::Link { from, to, up })?
             .map(drop)
             .context("the lab has gone")

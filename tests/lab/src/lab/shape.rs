@@ -1,9 +1,12 @@
 //! What a lab looks like: how many hosts, which suite, which flavour.
 
+use anyhow::{bail, Result};
 use serde::{Deserialize, Serialize};
 
 /// Most hosts that one lab may have; each is an emulator of 3 GiB.
-pub const HOSTS_MAX: usize = 8;
+const HOSTS_MAX: usize = 8;
+/// Suites whose Xen and kernel the lab has been seen to work with.
+const SUITES: &[&str] = &["bookworm"];
 
 /// Which combination of emulator and hypervisor runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -37,6 +40,21 @@ pub struct Shape {
 }
 
 impl Shape {
+    /// Refuses what can't work, before anything is built.
+    pub fn check(&self) -> Result<()> {
+        if self.hosts == 0 || self.hosts > HOSTS_MAX {
+            bail!("a lab has 1 to {HOSTS_MAX} hosts, not {}", self.hosts);
+        }
+        if !SUITES.contains(&self.suite.as_str()) {
+            bail!(
+                "the lab doesn't know the suite {}: it knows {}",
+                self.suite,
+                SUITES.join(", ")
+            );
+        }
+        Ok(())
+    }
+
     /// Processors of each host. The machine's processors are shared out, and
     /// nested paging is only reliable with one.
     pub fn cpus(&self) -> usize {
@@ -67,5 +85,40 @@ impl std::fmt::Display for Shape {
             self.suite,
             self.flavour.name()
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shapes_that_cannot_work_are_refused() {
+        assert!(Shape::default().check().is_ok());
+        for hosts in [0, HOSTS_MAX + 1] {
+            let shape = Shape {
+                hosts,
+                ..Shape::default()
+            };
+            assert!(shape.check().is_err());
+        }
+        let shape = Shape {
+            suite: "potato".to_owned(),
+            ..Shape::default()
+        };
+        assert!(shape.check().is_err());
+    }
+
+    #[test]
+    fn processors_are_shared_out_and_nested_paging_has_one() {
+        let mut shape = Shape::default();
+        assert_eq!(shape.cpus(), 2);
+        shape.flavour = Flavour::Pvh;
+        assert_eq!(shape.cpus(), 1);
+        shape = Shape {
+            hosts: 2,
+            ..Shape::default()
+        };
+        assert_eq!(shape.cpus(), 1);
     }
 }
