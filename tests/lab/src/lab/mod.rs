@@ -24,7 +24,6 @@ mod supervisor;
 mod xen;
 
 use std::fs::File;
-use std::io::Write;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
@@ -47,6 +46,8 @@ use supervisor::Request;
 pub use supervisor::{supervise, Job, Phase, Status};
 
 const UP_LIMIT: Duration = Duration::from_secs(400);
+/// More than the host itself gives a guest.
+const GUEST_LIMIT: Duration = Duration::from_secs(400);
 const DOWN_LIMIT: Duration = Duration::from_secs(60);
 
 /// What the lab runs: program or file that proves it's there, and package.
@@ -291,7 +292,8 @@ impl Lab {
         })
     }
 
-    /// Runs a shell line in a host's dom0; the status is whatever it is.
+    /// Runs a shell line in a host's dom0, for a quarter of an hour at most;
+    /// the status is whatever it is.
     pub fn sh(&self, host: usize, line: &str) -> Result<Output> {
         process::output(&mut self.ssh(host)?.command(line))
     }
@@ -343,7 +345,11 @@ impl Lab {
         let overlay = guest.overlay(host)?;
         let script = guest.script(host, self.status.shape.flavour, &initrd.name);
         for _ in 0..2 {
-            let output = self.with_input(host, &script, &overlay)?;
+            let output = process::output_within(
+                &mut self.ssh(host)?.command(&script),
+                &overlay,
+                GUEST_LIMIT,
+            )?;
             match output.status.code() {
                 Some(0) => return Ok(()),
                 Some(guest::INITRD_MISSING) => {
@@ -446,22 +452,6 @@ impl Lab {
             process::wait(&mut child, DOWN_LIMIT)?;
         }
         Ok(())
-    }
-
-    fn with_input(&self, host: usize, line: &str, input: &[u8]) -> Result<Output> {
-        let mut child = self
-            .ssh(host)?
-            .command(line)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .context("cannot run ssh")?;
-        if let Some(mut stdin) = child.stdin.take() {
-            // A script that ends early doesn't read it all; its status tells.
-            let _ = stdin.write_all(input);
-        }
-        child.wait_with_output().context("cannot wait for ssh")
     }
 }
 

@@ -1,11 +1,15 @@
 //! The one place that runs other programs to their end.
 
 use std::fs::File;
+use std::io::{Read, Write};
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context, Result};
+
+/// How long a program may take when nothing else is said.
+pub const LIMIT: Duration = Duration::from_secs(900);
 
 /// Runs a program and returns what it printed; fails when it fails.
 pub fn capture(command: &mut Command) -> Result<String> {
@@ -23,10 +27,62 @@ pub fn capture(command: &mut Command) -> Result<String> {
 
 /// Runs a program and returns output and status, whatever the status is.
 pub fn output(command: &mut Command) -> Result<Output> {
-    command
-        .stdin(Stdio::null())
-        .output()
-        .with_context(|| format!("cannot run {}", name(command)))
+    output_within(command, &[], LIMIT)
+}
+
+/// Runs a program on an input; it's ended when it takes too long.
+pub fn output_within(command: &mut Command, input: &[u8], limit: Duration) -> Result<Output> {
+    let mut child = command
+        .stdin(if input.is_empty() {
+            Stdio::null()
+        } else {
+            Stdio::piped()
+        })
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("cannot run {}", name(command)))?;
+    let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
+    // All three at once, since a pipe that's full stops the program.
+    let (status, stdout, stderr) = std::thread::scope(|scope| {
+        scope.spawn(move || {
+            if let Some(mut stdin) = stdin {
+                // A program that ends early doesn't read it all; its status tells.
+                let _ = stdin.write_all(input);
+            }
+        });
+        let stdout = scope.spawn(move || drain(stdout));
+        let stderr = scope.spawn(move || drain(stderr));
+        let status = wait(&mut child, limit);
+        (
+            status,
+            stdout.join().unwrap_or_default(),
+            stderr.join().unwrap_or_default(),
+        )
+    });
+    match status? {
+        Some(status) => Ok(Output {
+            status,
+            stdout,
+            stderr,
+        }),
+        None => bail!(
+            "{} was ended after {} s; it had said: {}{}",
+            name(command),
+            limit.as_secs(),
+            last_lines(&String::from_utf8_lossy(&stdout), 20),
+            last_lines(&String::from_utf8_lossy(&stderr), 20)
+        ),
+    }
+}
+
+/// Reads to the end, or as far as it goes.
+fn drain(pipe: Option<impl Read>) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    if let Some(mut pipe) = pipe {
+        let _ = pipe.read_to_end(&mut bytes);
+    }
+    bytes
 }
 
 /// Runs a program with its output in a log file; when it fails or takes too
@@ -77,7 +133,7 @@ pub fn wait(child: &mut Child, limit: Duration) -> Result<Option<ExitStatus>> {
             return Ok(None);
         }
         std::thread::sleep(pause);
-        pause = (pause * 2).min(Duration::from_millis(100));
+        pause = (pause * 2).min(Duration::from_millis(20));
     }
 }
 
@@ -120,6 +176,23 @@ mod tests {
             error.contains("sh failed") && error.contains("why"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn much_input_and_output_at_once_do_not_stop_each_other() -> Result<()> {
+        let input = vec![7u8; 1 << 20];
+        let output = output_within(&mut Command::new("cat"), &input, LIMIT)?;
+        assert!(output.status.success() && output.stdout == input);
+        Ok(())
+    }
+
+    #[test]
+    fn a_program_that_takes_too_long_is_ended_and_quoted() {
+        let mut command = Command::new("sh");
+        command.args(["-c", "echo so far; exec sleep 60"]);
+        let error = output_within(&mut command, &[], Duration::from_millis(300))
+            .map_or_else(|e| format!("{e:#}"), |_| String::new());
+        assert!(error.contains("so far"), "{error}");
     }
 
     #[test]

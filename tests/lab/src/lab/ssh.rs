@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{bail, Context, Result};
 use serde::{Deserialize, Serialize};
 
-use super::qemu;
+use super::{process, qemu};
 
 /// How to reach one host.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -65,14 +65,12 @@ impl Ssh {
             Side::Here(path) => path.display().to_string(),
             Side::Host(path) => format!("root@127.0.0.1:{path}"),
         };
-        let output = self
-            .base("scp")
+        let mut command = self.base("scp");
+        command
             .args(["-o", "ControlMaster=no", "-r", "-p", "-q", "--"])
             .arg(word(&from))
-            .arg(word(&to))
-            .stdin(Stdio::null())
-            .output()
-            .context("cannot run scp")?;
+            .arg(word(&to));
+        let output = process::output(&mut command)?;
         if !output.status.success() {
             bail!(
                 "cannot copy {} to {} of host {}: {}",
