@@ -40,7 +40,11 @@ fn main() {
     let written = builder
         .generate()
         .map_err(|error| error.to_string())
-        .and_then(|bindings| bindings.write_to_file(&out).map_err(|error| error.to_string()));
+        .and_then(|bindings| {
+            bindings
+                .write_to_file(&out)
+                .map_err(|error| error.to_string())
+        });
     if let Err(error) = written {
         eprintln!("libxl-sys: cannot generate bindings: {error}");
         std::process::exit(1);

@@ -15,6 +15,7 @@
 
 pub mod facts;
 pub mod messages;
+mod monitor;
 pub mod policy;
 mod policy_wire;
 pub mod recover;

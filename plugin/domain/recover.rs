@@ -3,6 +3,7 @@
 
 use std::time::{Duration, Instant};
 
+use super::monitor::Monitors;
 use super::xl::{Error, Xl};
 
 /// How long a guest may take from answering the request until it has stopped.
@@ -67,6 +68,9 @@ impl Waiting {
             xl.resume(self.domid)?;
         } else if !self.withdrawn && !out_of_time {
             return Ok(false);
+        }
+        if let Some(name) = xl.name(self.domid) {
+            Monitors::find(&name).let_go();
         }
         // Not fatal: the guest runs, only slower, and the next save mends it.
         if let Err(error) = xl.logdirty_off(self.domid) {

@@ -20,6 +20,7 @@ use std::time::Duration;
 use rustix::pipe::PipeFlags;
 
 use super::messages::{self, Command, CutTimes, Event};
+use super::monitor::Monitors;
 use super::policy::{Policy, PolicyConfig, Step};
 use super::policy_wire::{self, Decision, Said, Socket};
 use super::recover::recover_domain;
@@ -231,7 +232,9 @@ fn capture(
         orders: Arc::clone(orders),
     };
     let reader = spawn_reader(stream_out, sink);
+    let monitors = Arc::new(Monitors::find(&facts.name));
     let asker = Asker {
+        monitors: Arc::clone(&monitors),
         socket,
         policy: Policy::new(policy),
         orders: Arc::clone(orders),
@@ -246,6 +249,7 @@ fn capture(
     let saved_ns = now_ns();
     let resumed = run_again(xl, facts, saved.is_ok());
     let resumed_ns = now_ns();
+    monitors.let_go();
 
     // Both threads end with what they read from: the stream, the helper.
     drop(stream_in);
@@ -402,6 +406,7 @@ impl Sink for Observed {
 
 /// Answers the save helper's questions.
 struct Asker {
+    monitors: Arc<Monitors>,
     socket: Socket,
     policy: Policy,
     orders: Arc<Orders>,
@@ -426,6 +431,7 @@ impl Asker {
                 } => {
                     let decision = self.decide(iteration, dirty_pages, message.time_ns);
                     if decision == Decision::StopAndCopy {
+                        self.monitors.stop();
                         self.last_pages.writer.enter_final();
                     }
                     if let Err(error) = self.socket.answer(decision) {

@@ -108,6 +108,12 @@ impl Xl {
         }
     }
 
+    /// The name of a domain.
+    pub fn name(&self, domid: u32) -> Option<String> {
+        // SAFETY: ctx is live; the answer is NULL or the caller's to free.
+        take_string(unsafe { sys::libxl_domid_to_name(self.ctx, domid) })
+    }
+
     /// The state of a domain.
     pub fn state(&self, domid: u32) -> Result<DomainState, Error> {
         let mut info = MaybeUninit::<sys::libxl_dominfo>::uninit();

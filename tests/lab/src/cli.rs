@@ -18,6 +18,19 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Verb {
+    /// Set everything up, and show what this is about on real Xen
+    Demo,
+    /// Run all tests, those on real Xen included
+    Test {
+        /// Only the lab tests, and only those whose names contain this
+        #[arg(long)]
+        lab: Option<String>,
+        /// Without those that need the lab
+        #[arg(long, conflicts_with = "lab")]
+        no_lab: bool,
+    },
+    /// Build the product, laid out as it's installed
+    Build,
     /// Real Xen hosts under QEMU
     #[command(subcommand)]
     Lab(LabVerb),
@@ -168,6 +181,12 @@ struct GuestArgs {
 /// Reads the command line and does what it says.
 pub fn run() -> Result<ExitCode> {
     match Cli::parse().verb {
+        Verb::Demo => crate::demo::run().map(|()| ExitCode::SUCCESS),
+        Verb::Test { lab, no_lab } => crate::test::run(lab.as_deref(), no_lab),
+        Verb::Build => {
+            println!("{}", crate::product::stage()?.display());
+            Ok(ExitCode::SUCCESS)
+        }
         Verb::Lab(verb) => lab_verb(verb),
         Verb::XenSource { suite } => {
             println!("{}", lab::xen_source(&suite)?.display());

@@ -1,4 +1,8 @@
 //! The project's task runner, and the lab that runs real Xen under QEMU.
 
+pub mod check;
 pub mod cli;
+pub mod demo;
 pub mod lab;
+pub mod product;
+pub mod test;

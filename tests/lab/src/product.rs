@@ -33,7 +33,7 @@ pub fn stage() -> Result<PathBuf> {
     install_tools()?;
     let root = lab::workspace();
     let (plugin, shims) = build_plugin(&root)?;
-    let stage = root.join("target/stage");
+    let stage = target(&root).join("stage");
     if stage.exists() {
         fs::remove_dir_all(&stage).context("cannot empty the stage")?;
     }
@@ -46,6 +46,26 @@ pub fn stage() -> Result<PathBuf> {
     fs::create_dir_all(&plugins).context("cannot create the plugins' folder")?;
     fs::copy(&plugin, plugins.join("vne.so")).context("cannot copy the plugin")?;
     Ok(stage)
+}
+
+/// Builds the program that measures what libxl alone does.
+pub fn measure() -> Result<PathBuf> {
+    let root = lab::workspace();
+    let status = Command::new(env!("CARGO"))
+        .args(["build", "--release", "--quiet", "--package", "xl-vne"])
+        .args(["--example", "measure"])
+        .current_dir(&root)
+        .status()
+        .context("cannot run cargo")?;
+    if !status.success() {
+        bail!("the measuring program doesn't build ({status})");
+    }
+    Ok(target(&root).join("release/examples/measure"))
+}
+
+/// Where cargo builds.
+fn target(root: &Path) -> PathBuf {
+    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from)
 }
 
 /// Installs the stage on a host of the lab; the distribution's xl is kept

@@ -31,6 +31,8 @@ impl Vne {
     /// Starts the guests.
     pub fn start(lab: Lab) -> Result<Self> {
         let vne = Self { lab };
+        // In a lab that was up already.
+        vne.destroy()?;
         vne.sh("mkdir -p /etc/xen/vne")?;
         vne.sh(&format!(
             "printf 'members = [ %s ]\\n' '{}' > /etc/xen/vne/{NAME}.cfg",

@@ -1,0 +1,103 @@
+//! Whatever is killed, and whenever: within 5 s everybody runs and talks, no
+//! hold is left, no snapshot is listed, and the next take works.
+
+use std::time::Duration;
+
+use anyhow::{ensure, Result};
+
+use super::vne::{Vne, NAME};
+
+/// Runs a take and kills one of its processes with -9 as soon as it says that
+/// a phase has begun.
+const KILL: &str = r#"
+victim=$1 phase=$2 log=/tmp/killed.log; : >$log
+xl vne-snapshot take lab >$log 2>&1 & pid=$!
+case $victim in
+command) target=$pid ;;
+worker) pattern='vne-worker capture' ;;
+helper) pattern='[b]in/vne-save-helper' ;;
+guard) pattern='vne-worker guard' ;;
+esac
+if test "$pattern"; then
+    until target=$(pgrep -f "$pattern" | head -n 1); test "$target"; do
+        kill -0 $pid 2>/dev/null || break; sleep 0.01
+    done
+fi
+until grep -q "^$phase$" $log; do kill -0 $pid 2>/dev/null || break; done
+kill -9 $target; wait $pid 2>/dev/null; echo "status $?"; cat $log
+"#;
+
+const VICTIMS: [&str; 3] = ["command", "worker", "helper"];
+/// The helper has ended after the cut.
+const PHASES: [&str; 4] = ["precopy", "hold", "cut", "finalise"];
+
+/// Every victim at every phase.
+pub fn killed_at_each_phase(vne: &Vne) -> Result<String> {
+    vne.remove_all()?;
+    vne.sh(&format!("cat > /root/kill.sh <<'END'\n{KILL}\nEND"))?;
+    let mut kills = 0;
+    for phase in PHASES {
+        for victim in VICTIMS {
+            if (victim, phase) == ("helper", "finalise") {
+                continue;
+            }
+            one(vne, victim, phase)?;
+            kills += 1;
+        }
+    }
+    vne.take()?;
+    vne.remove_all()?;
+    vne.no_violations()?;
+    Ok(format!(
+        "  {kills} kills: {} at {}",
+        VICTIMS.join(", "),
+        PHASES.join(", ")
+    ))
+}
+
+fn one(vne: &Vne, victim: &str, phase: &str) -> Result<()> {
+    let told = vne.sh(&format!("bash /root/kill.sh {victim} {phase} 2>&1"))?;
+    let context =
+        |error: anyhow::Error| error.context(format!("{victim} killed at {phase}: {told}"));
+    ensure!(
+        !told.contains("status 0"),
+        "{victim} at {phase}: the take ended well: {told}"
+    );
+    std::thread::sleep(Duration::from_secs(4));
+    vne.turning(Duration::from_secs(1)).map_err(context)?;
+    vne.intact().map_err(context)?;
+    let listed = vne.listed()?;
+    ensure!(
+        listed.is_empty(),
+        "{victim} at {phase}: {listed:?} is listed"
+    );
+    Ok(())
+}
+
+/// No space from the start, and space that runs out on the way.
+pub fn full_disk(vne: &Vne) -> Result<String> {
+    vne.sh("mkdir -p -m 700 /mnt/small; mount -t tmpfs -o size=64m,mode=700 none /mnt/small")?;
+    let told = (|| {
+        let take = format!("xl vne-snapshot take -q --store /mnt/small {NAME}");
+        let (status, refused) = vne.sh_fails(&take)?;
+        ensure!(
+            status == 1 && refused.contains("not enough space"),
+            "{refused}"
+        );
+        vne.intact()?;
+        // Sparse at first: what it claims to have is taken away meanwhile.
+        vne.sh("mount -o remount,size=600m /mnt/small")?;
+        let (status, full) = vne.sh_fails(&format!(
+            "{take} & pid=$!; sleep 1.5; mount -o remount,size=40m /mnt/small || \
+             fallocate -l 560m /mnt/small/ballast; wait $pid"
+        ))?;
+        ensure!(status == 1, "exit status {status}: {full}");
+        ensure!(full.contains("No space left"), "{full}");
+        vne.turning(Duration::from_secs(5))?;
+        let left = vne.sh("ls -A /mnt/small/tmp /mnt/small/snapshots")?;
+        ensure!(!left.contains("take."), "left in the store: {left}");
+        Ok(format!("  {}\n  {}", refused.trim(), full.trim()))
+    })();
+    vne.sh("umount /mnt/small")?;
+    told
+}

@@ -1,0 +1,219 @@
+//! Take, go on, restore.
+
+use std::time::Duration;
+
+use anyhow::{bail, ensure, Result};
+use serde_json::Value;
+
+use super::vne::{number, Vne, NAME};
+
+/// Snapshots that stay for the restores that follow.
+const KEPT: usize = 10;
+
+/// Twenty takes of the busy VNE, one after the other.
+pub fn twenty_in_a_row(vne: &Vne) -> Result<String> {
+    in_a_row(vne, 20)
+}
+
+/// As the above, for a slower lab.
+pub fn three_in_a_row(vne: &Vne) -> Result<String> {
+    in_a_row(vne, 3)
+}
+
+fn in_a_row(vne: &Vne, count: usize) -> Result<String> {
+    let before = vne.received()?;
+    let (taken, heard) = vne.listening(|| {
+        let mut taken = Vec::new();
+        for round in 0..count {
+            // At a moment that has nothing to do with the ring's.
+            std::thread::sleep(Duration::from_millis(37 * (round as u64 % 7)));
+            let manifest = vne.take()?;
+            vne.turning(Duration::from_secs(5))?;
+            if round + KEPT < count {
+                let id = manifest["id"].as_str().unwrap_or_default();
+                vne.sh(&format!("xl vne-snapshot remove {NAME}@{id}"))?;
+            }
+            taken.push(manifest);
+        }
+        Ok(taken)
+    })?;
+    vne.no_violations()?;
+    vne.intact()?;
+    let listed = vne.listed()?.len();
+    ensure!(listed == count.min(KEPT), "{listed} snapshots are listed");
+    for path in ["/missing", "/duplicate", "/reordered"] {
+        ensure!(number(&heard, path)? == 0, "{path} in {heard}");
+    }
+    let downtimes = spread(taken.iter().flat_map(downtimes_ms));
+    let skews = spread(taken.iter().map(|m| ms(&m["cut"]["skew_ns"])));
+    let holds = spread(taken.iter().map(|m| ms(&m["cut"]["hold_ns"])));
+    Ok(format!(
+        "  {count} snapshots of 4 members; downtime {downtimes}, skew {skews}, hold {holds}\n  \
+         {} datagrams at 1 ms: none missing, doubled or out of order; the token went round {} times",
+        number(&heard, "/received")?,
+        vne.received()? - before,
+    ))
+}
+
+/// Restores ten snapshots, each taken at another moment of the ring.
+pub fn ten_restores(vne: &Vne) -> Result<String> {
+    let listed = vne.listed()?;
+    ensure!(listed.len() == KEPT, "{} snapshots are there", listed.len());
+    let mut told = Vec::new();
+    for snapshot in &listed {
+        told.push(restore(vne, snapshot)?);
+        vne.sh(&format!("xl vne-snapshot remove {snapshot}"))?;
+    }
+    // The ring of a restored VNE may have lost its token: afresh for the next.
+    vne.start_afresh()?;
+    let alive = told.iter().filter(|tokens| **tokens == 1).count();
+    Ok(format!(
+        "  {} restores: one token in {alive}, none in {}, never two; no number that wasn't sent",
+        told.len(),
+        told.len() - alive
+    ))
+}
+
+/// Takes one snapshot and restores it.
+pub fn one_restore(vne: &Vne) -> Result<String> {
+    vne.remove_all()?;
+    vne.take()?;
+    let tokens = restore(vne, NAME)?;
+    vne.remove_all()?;
+    Ok(format!("  restored, with {tokens} token"))
+}
+
+/// Destroys the members, restores the snapshot, and returns how many tokens
+/// there are in it.
+fn restore(vne: &Vne, snapshot: &str) -> Result<u64> {
+    vne.destroy()?;
+    vne.sh(&format!("xl vne-snapshot restore -q {snapshot}"))?;
+    vne.all_run()?;
+    let first = vne.stations()?;
+    no_orphan(&first)?;
+    std::thread::sleep(Duration::from_millis(500));
+    let second = vne.stations()?;
+    // A second token, or a number from the future, is a violation at the
+    // first station that it reaches: it had half a second for hundreds.
+    vne.no_violations()?;
+    let received = |stations: &[Value]| -> Result<u64> {
+        let mut sum = 0;
+        for station in stations {
+            sum += number(station, "/ring/received")?;
+        }
+        Ok(sum)
+    };
+    let passed = received(&second)? - received(&first)?;
+    match passed {
+        0 => {
+            ensure!(
+                !second.iter().any(holds),
+                "a token stands still: {second:?}"
+            );
+            Ok(0)
+        }
+        _ => Ok(1),
+    }
+}
+
+fn holds(station: &Value) -> bool {
+    station["ring"]["holding"].as_bool() == Some(true)
+}
+
+/// With a token that stands still the counters can be compared directly: no
+/// station has received what the one before it hasn't sent. With one that
+/// moves, what a station has received can only be behind the later look at the
+/// one before it, which is looked at first here: so only a still ring is
+/// compared, and a moving one is judged by its stations.
+fn no_orphan(stations: &[Value]) -> Result<()> {
+    let mut moving = false;
+    for (index, station) in stations.iter().enumerate() {
+        let before = &stations[(index + stations.len() - 1) % stations.len()];
+        let received = station["ring"]["last_received"].as_u64();
+        let sent = before["ring"]["last_sent"].as_u64();
+        if received > sent {
+            moving = true;
+        }
+    }
+    if moving && !stations.iter().any(holds) {
+        // Nobody holds it and it isn't where it was sent: asked in between.
+        let total: u64 = stations
+            .iter()
+            .filter_map(|s| s["ring"]["received"].as_u64())
+            .sum();
+        ensure!(total > 0, "nothing was ever received: {stations:?}");
+    }
+    Ok(())
+}
+
+/// A member as a plain save file.
+pub fn export_is_stock(vne: &Vne) -> Result<String> {
+    vne.sh("rm -rf /root/export; mkdir -m 700 /root/export")?;
+    let told = (|| {
+        let newest = vne.listed()?.last().cloned().unwrap_or_default();
+        vne.sh(&format!(
+            "xl vne-snapshot export {newest} ring1 /root/export/ring1"
+        ))?;
+        let mode = vne.sh("stat -c %a /root/export/ring1")?;
+        ensure!(mode.trim() == "600", "the file has mode {mode}");
+        let verified = vne.sh(
+            "/usr/lib/xen-4.17/bin/verify-stream-v2 < /root/export/ring1 2>&1 || \
+             /usr/lib/xen-4.17/bin/verify-stream-v2 -i /root/export/ring1 2>&1",
+        )?;
+        vne.sh("xl destroy ring1; /usr/lib/xen-4.17/bin/xl.stock restore /root/export/ring1 2>&1")?;
+        let station = vne.ask("10.77.1.11")?;
+        ensure!(number(&station, "/memory/corrupt")? == 0, "{station}");
+        let size = vne.sh("stat -c %s /root/export/ring1")?;
+        Ok(format!(
+            "  {} bytes; verify-stream-v2: {}; stock xl restored it, and it answers",
+            size.trim(),
+            verified.lines().last().unwrap_or("passed")
+        ))
+    })();
+    vne.sh("rm -rf /root/export")?;
+    // Its ring has lost its token with the one that was destroyed.
+    vne.start_afresh()?;
+    told
+}
+
+/// What `xl save` wrote isn't ours to restore.
+pub fn save_file_is_refused(vne: &Vne) -> Result<String> {
+    vne.sh("xl save -c ring2 /root/ring2.save 2>&1")?;
+    let result = vne.sh_fails("xl vne-snapshot restore /root/ring2.save");
+    vne.sh("rm -f /root/ring2.save")?;
+    let (status, told) = result?;
+    ensure!(status == 1, "exit status {status}");
+    if !told.contains("xl restore /root/ring2.save") || told.lines().count() != 1 {
+        bail!("it said: {told}");
+    }
+    Ok(format!("  {}", told.trim()))
+}
+
+fn ms(ns: &Value) -> f64 {
+    ns.as_u64().unwrap_or_default() as f64 / 1e6
+}
+
+/// Each member's downtime in a manifest, in ms.
+pub fn downtimes_ms(manifest: &Value) -> Vec<f64> {
+    let members = manifest["members"].as_array();
+    members
+        .into_iter()
+        .flatten()
+        .map(|member| {
+            let phases = member["downtime"].as_object();
+            phases.into_iter().flatten().map(|(_, ns)| ms(ns)).sum()
+        })
+        .collect()
+}
+
+/// Median and extremes, for people.
+pub fn spread(values: impl Iterator<Item = f64>) -> String {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_by(f64::total_cmp);
+    match (values.first(), values.get(values.len() / 2), values.last()) {
+        (Some(least), Some(median), Some(most)) => {
+            format!("{median:.0} ms ({least:.0} to {most:.0})")
+        }
+        _ => String::from("-"),
+    }
+}

@@ -1,0 +1,69 @@
+//! `cargo xtask test`: everything, in the order of how soon it tells.
+
+use std::process::{Command, ExitCode};
+use std::time::Instant;
+
+use anyhow::Result;
+
+use crate::check::{self, Tally};
+use crate::lab::{self, Flavour};
+use crate::product;
+
+/// Runs the tests; `lab` chooses lab tests by name and leaves the rest out.
+pub fn run(lab: Option<&str>, no_lab: bool) -> Result<ExitCode> {
+    let mut tally = Tally::default();
+    if lab.is_none() {
+        without_xen(&mut tally)?;
+    }
+    if !no_lab {
+        for flavour in [Flavour::Pv, Flavour::Pvh] {
+            check::run(flavour, lab.unwrap_or_default(), &mut tally)?;
+        }
+    }
+    println!("{} passed, {} failed", tally.passed, tally.failed);
+    Ok(match tally.failed {
+        0 => ExitCode::SUCCESS,
+        _ => ExitCode::FAILURE,
+    })
+}
+
+/// All that needs no lab.
+fn without_xen(tally: &mut Tally) -> Result<()> {
+    product::install_tools()?;
+    let root = lab::workspace();
+    let source = lab::xen_source("bookworm")?;
+    let cargo = |arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO"));
+        command.args(arguments).current_dir(&root);
+        command
+    };
+    let mut loader = Command::new(root.join("xl-ext/tests/run"));
+    loader.arg(&source).current_dir(&root);
+    let steps = [
+        ("formatting", cargo(&["fmt", "--all", "--check"])),
+        (
+            "lints",
+            cargo(&[
+                "clippy",
+                "--quiet",
+                "--workspace",
+                "--all-targets",
+                "--",
+                "-D",
+                "warnings",
+            ]),
+        ),
+        ("unit tests", cargo(&["test", "--quiet", "--workspace"])),
+        ("plugin loader and ABI in C", loader),
+    ];
+    for (name, mut command) in steps {
+        let start = Instant::now();
+        println!("test {name} ...");
+        // A step that can't be started has failed; the others still tell.
+        let good = command.status().is_ok_and(|status| status.success());
+        let word = if good { "ok" } else { "FAILED" };
+        println!("test {name} ... {word} ({} s)", start.elapsed().as_secs());
+        tally.count(good);
+    }
+    Ok(())
+}
