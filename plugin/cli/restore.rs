@@ -6,7 +6,7 @@ use std::path::Path;
 
 use super::{print, Failure, Host, SnapshotName, StoreArgument};
 use crate::sidecar::restore::{self, Progress, RestoreRequest};
-use crate::stream::Kind;
+use crate::stream::is_save_file;
 
 /// Bring all members of a snapshot back, or none. They are built paused and
 /// released together.
@@ -66,17 +66,16 @@ fn explain_file(text: &str) -> Option<String> {
     if !path.is_file() {
         return None;
     }
-    let mut start = [0; Kind::PREFIX_BYTES];
+    let mut start = [0; 64];
     let length = File::open(path)
         .and_then(|mut file| file.read(&mut start))
         .ok()?;
-    Some(match Kind::of(start.get(..length)?) {
-        Kind::XlSave => format!(
+    Some(if is_save_file(start.get(..length)?) {
+        format!(
             "{text} is a file of 'xl save', not a VNE snapshot: restore it with 'xl restore {text}'"
-        ),
-        _ => format!(
-            "{text} is a file: name a snapshot as VNE or VNE@ID (see 'xl vne-snapshot list')"
-        ),
+        )
+    } else {
+        format!("{text} is a file: name a snapshot as VNE or VNE@ID (see 'xl vne-snapshot list')")
     })
 }
 

@@ -8,8 +8,9 @@
 use twox_hash::XxHash3_128;
 
 use super::table::{Content, PageTable, PFN_COUNT_MAX};
-use crate::stream::{PageType, INDEX_MAGIC, PAGE_SIZE};
+use crate::stream::{PageType, PAGE_SIZE};
 
+const INDEX_MAGIC: [u8; 8] = *b"xlvneIDX";
 const VERSION: u32 = 1;
 /// The hash of a slot is XXH3, 128 bits.
 const HASH_XXH3_128: u32 = 1;

@@ -2,8 +2,9 @@
 //!
 //! Layout in `plugin/docs/snapshot-format.md`, "records".
 
-use crate::stream::{Guest, Place, XcHeader, RECORDS_MAGIC, RECORD_BYTES_MAX};
+use crate::stream::{Guest, Place, XcHeader, RECORD_BYTES_MAX};
 
+const RECORDS_MAGIC: [u8; 8] = *b"xlvneREC";
 const VERSION: u32 = 1;
 
 /// A record as it stood in the stream.

@@ -33,7 +33,6 @@ mod error;
 mod format;
 mod ingest;
 mod input;
-mod kind;
 mod rules;
 mod savefile;
 mod writer;
@@ -49,9 +48,7 @@ pub use format::{
     RECORD_BYTES_MAX, RECORD_OPTIONAL,
 };
 pub use ingest::{Ingest, Summary};
-pub use kind::Kind;
-pub(crate) use kind::{INDEX_MAGIC, RECORDS_MAGIC};
-pub use savefile::{SaveHeader, CONFIG_BYTES_MAX};
+pub use savefile::{is_save_file, SaveHeader, CONFIG_BYTES_MAX};
 pub use writer::Writer;
 
 /// Bytes in a guest page. The only page size that libxc accepts on x86

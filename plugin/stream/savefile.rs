@@ -11,7 +11,7 @@ use std::io::{Read, Write};
 use super::error::Error;
 use super::input::Input;
 
-pub(crate) const SAVE_MAGIC: [u8; 32] = *b"Xen saved domain, xl format\n \0 \r";
+const SAVE_MAGIC: [u8; 32] = *b"Xen saved domain, xl format\n \0 \r";
 
 const BYTE_ORDER: u32 = 0x0102_0304;
 /// The configuration is libxl's JSON, not xl's own syntax.
@@ -22,6 +22,11 @@ const MANDATORY_STREAM_V2: u32 = 1 << 1;
 /// Bytes in a domain's configuration, at most. A libxl configuration is a few
 /// KiB of JSON; 1 MiB leaves room for thousands of devices.
 pub const CONFIG_BYTES_MAX: usize = 1 << 20;
+
+/// Whether a file that begins with `first` was written by `xl save`.
+pub fn is_save_file(first: &[u8]) -> bool {
+    first.starts_with(&SAVE_MAGIC)
+}
 
 /// The header of an xl save file.
 #[derive(Clone, Debug, PartialEq, Eq)]
