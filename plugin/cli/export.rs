@@ -25,7 +25,7 @@ pub struct Arguments {
 pub fn run(host: &Host, arguments: &Arguments) -> Result<(), Failure> {
     let store = arguments
         .store
-        .resolve(host, Some(&arguments.snapshot.vne))?;
+        .open(host, Some(&arguments.snapshot.vne))?;
     let snapshot = arguments.snapshot.open(&store)?;
     let reader = snapshot.member(&arguments.member)?;
     if arguments.file.as_os_str() == "-" {

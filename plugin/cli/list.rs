@@ -2,7 +2,7 @@
 
 use super::units::{bytes, ms, table};
 use super::{print, print_json, Failure, Host, StoreArgument};
-use crate::image::{Manifest, Name, Store};
+use crate::image::{Manifest, Name};
 use crate::sentence::sentence;
 
 /// List the snapshots of this host.
@@ -19,24 +19,27 @@ pub struct Arguments {
 
 /// Runs the verb.
 pub fn run(host: &Host, arguments: &Arguments) -> Result<(), Failure> {
-    let store = arguments.store.resolve(host, arguments.vne.as_ref())?;
-    let listing = Store::open(&store)?
-        .catalogue()
-        .list(arguments.vne.as_ref())?;
+    let store = arguments.store.open(host, arguments.vne.as_ref())?;
+    let listing = store.catalogue().list(arguments.vne.as_ref())?;
     if arguments.json {
-        return print_json(&listing.snapshots);
+        print_json(&listing.snapshots)?;
+    } else {
+        print(&describe(&listing.snapshots))?;
     }
+    for damaged in &listing.damaged {
+        log::warn!("{}: {}", damaged.path.display(), sentence(&damaged.error));
+    }
+    Ok(())
+}
+
+fn describe(snapshots: &[Manifest]) -> String {
     let mut rows = vec![[
         "SNAPSHOT", "CREATED", "MEMBERS", "STORED", "DOWNTIME", "SKEW", "LABEL",
     ]
     .map(String::from)
     .to_vec()];
-    rows.extend(listing.snapshots.iter().map(row));
-    print(&table(&rows))?;
-    for damaged in &listing.damaged {
-        log::warn!("{}: {}", damaged.path.display(), sentence(&damaged.error));
-    }
-    Ok(())
+    rows.extend(snapshots.iter().map(row));
+    table(&rows)
 }
 
 fn row(manifest: &Manifest) -> Vec<String> {

@@ -174,6 +174,16 @@ impl StoreArgument {
         };
         Ok(configured.unwrap_or_else(|| PathBuf::from(crate::image::DEFAULT_ROOT)))
     }
+
+    /// Opens that store to look for what is there already. One that is named
+    /// here must exist; the others do once there is a snapshot.
+    fn open(&self, host: &Host, vne: Option<&Name>) -> Result<Store, Failure> {
+        let root = self.resolve(host, vne)?;
+        Ok(match self.store {
+            Some(_) => Store::open_existing(&root)?,
+            None => Store::open(&root)?,
+        })
+    }
 }
 
 /// `VNE` or `VNE@ID`: a snapshot, the newest if none is named.
@@ -198,8 +208,8 @@ impl std::str::FromStr for SnapshotName {
 }
 
 impl SnapshotName {
-    fn open(&self, store: &std::path::Path) -> Result<Snapshot, Failure> {
-        let catalogue = Store::open(store)?.catalogue();
+    fn open(&self, store: &Store) -> Result<Snapshot, Failure> {
+        let catalogue = store.catalogue();
         Ok(match &self.id {
             Some(id) => catalogue.get(&self.vne, id)?,
             None => catalogue.newest(&self.vne)?,

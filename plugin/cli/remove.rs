@@ -1,7 +1,6 @@
 //! `xl vne-snapshot remove`.
 
 use super::{print, Failure, Host, SnapshotName, StoreArgument};
-use crate::image::Store;
 
 /// Delete snapshots. Other snapshots stay as they are.
 #[derive(Debug, clap::Args)]
@@ -25,16 +24,16 @@ pub fn run(host: &Host, arguments: &Arguments) -> Result<(), Failure> {
             );
         }
         let name: SnapshotName = text.parse()?;
-        let store = arguments.store.resolve(host, Some(&name.vne))?;
+        let store = arguments.store.open(host, Some(&name.vne))?;
         let id = match &name.id {
             Some(id) => id.clone(),
             None => name.open(&store)?.manifest().id.clone(),
         };
         if arguments.dry_run || host.dry_run {
-            Store::open(&store)?.catalogue().get(&name.vne, &id)?;
+            store.catalogue().get(&name.vne, &id)?;
             print(&format!("Would remove {}@{id}.\n", name.vne))?;
         } else {
-            Store::open(&store)?.catalogue().remove(&name.vne, &id)?;
+            store.catalogue().remove(&name.vne, &id)?;
         }
     }
     Ok(())

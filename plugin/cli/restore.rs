@@ -33,7 +33,7 @@ pub fn run(host: &Host, arguments: &Arguments) -> Result<(), Failure> {
         Ok(name) => name,
         Err(error) => return Err(explain_file(&arguments.snapshot).unwrap_or(error).into()),
     };
-    let store = arguments.store.resolve(host, Some(&name.vne))?;
+    let store = arguments.store.open(host, Some(&name.vne))?;
     let snapshot = name
         .open(&store)
         .map_err(|error| explain_file(&arguments.snapshot).map_or(error, Failure::from))?;
@@ -48,7 +48,7 @@ pub fn run(host: &Host, arguments: &Arguments) -> Result<(), Failure> {
         ));
     }
     let request = RestoreRequest {
-        store,
+        store: store.root().to_owned(),
         run_dir: host.run_dir.clone(),
         program: host.program(),
         paused: arguments.paused,

@@ -20,7 +20,7 @@ pub struct Arguments {
 pub fn run(host: &Host, arguments: &Arguments) -> Result<(), Failure> {
     let store = arguments
         .store
-        .resolve(host, Some(&arguments.snapshot.vne))?;
+        .open(host, Some(&arguments.snapshot.vne))?;
     let snapshot = arguments.snapshot.open(&store)?;
     if arguments.json {
         print_json(snapshot.manifest())

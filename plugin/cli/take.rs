@@ -1,6 +1,6 @@
 //! `xl vne-snapshot take`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::progress::Printer;
 use super::units::{bytes, table};
@@ -8,7 +8,8 @@ use super::{config::VneConfig, print, print_json, Failure, Host, StoreArgument};
 use crate::cut::{Limits, OnDivergence};
 use crate::domain::policy::PolicyConfig;
 use crate::domain::DomainFacts;
-use crate::image::Name;
+use crate::image::{Name, Store};
+use crate::sentence::sentence;
 use crate::sidecar::engine::{self, TakeRequest, Taken};
 
 /// Members answer within seconds; this is for a host that swaps.
@@ -74,6 +75,9 @@ enum Diverging {
 pub fn run(host: &Host, arguments: &Arguments) -> Result<(), Failure> {
     let request = request(host, arguments)?;
     let dry_run = arguments.dry_run || host.dry_run;
+    if !dry_run {
+        clear_garbage(&request.store);
+    }
     let quiet = arguments.quiet || arguments.json || dry_run;
     let mut printer = Printer::new(&request.members, quiet);
     match engine::take(&request, dry_run, &mut printer)? {
@@ -82,6 +86,14 @@ pub fn run(host: &Host, arguments: &Arguments) -> Result<(), Failure> {
         Taken::Snapshot(manifest) if arguments.json => print_json(&manifest),
         Taken::Snapshot(_) if arguments.quiet => Ok(()),
         Taken::Snapshot(manifest) => print(&super::show::describe(&manifest)),
+    }
+}
+
+/// What was left behind when the host lost power may be all the space that is
+/// missing now.
+fn clear_garbage(root: &Path) {
+    if let Err(error) = Store::open(root).and_then(|store| store.clean_tmp()) {
+        log::warn!("{}", sentence(&error));
     }
 }
 

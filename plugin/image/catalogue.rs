@@ -91,9 +91,9 @@ impl Catalogue {
         })
     }
 
-    /// Deletes a snapshot, damaged or not. It leaves the catalogue in one step
-    /// before anything of it goes, so that a deletion that breaks off leaves
-    /// only garbage for [`Store::clean_tmp`].
+    /// Deletes a snapshot, damaged or not, and what [`Store::clean_tmp`] finds.
+    /// It leaves the catalogue in one step before anything of it goes, so that
+    /// a deletion that breaks off leaves only such garbage.
     ///
     /// # Errors
     ///
@@ -107,7 +107,11 @@ impl Catalogue {
             } else {
                 error
             }
-        })
+        })?;
+        // Who removes wants space. What others left and can't go now doesn't
+        // make this one fail.
+        let _ = self.store.clean_tmp();
+        Ok(())
     }
 
     fn lock(&self, vne: &Name, id: &SnapshotId, lock: Lock) -> Result<File> {

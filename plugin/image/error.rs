@@ -46,6 +46,13 @@ pub enum Error {
         problem: String,
     },
 
+    /// Nothing at this place has ever been a store.
+    #[error("there is no store of snapshots in {}", path.display())]
+    NoStore {
+        /// The directory.
+        path: PathBuf,
+    },
+
     /// There is no such snapshot.
     #[error("there is no snapshot {id} of VNE {vne}")]
     NoSnapshot {

@@ -48,13 +48,17 @@ pub(crate) fn check_config(json: &str) -> std::result::Result<(), String> {
         .map_err(|error| format!("it is no JSON: {error}"))
 }
 
-/// Bytes that a program may still write to the file system of `path`.
+/// Bytes that a program may still write to the file system that `path` is on,
+/// or will be on once it's made.
 ///
 /// # Errors
 ///
-/// [`Error::Io`] if `path` doesn't exist.
+/// [`Error::Io`].
 pub fn free_bytes(path: &Path) -> Result<u64> {
-    let space = statvfs(path).map_err(|errno| Error::io("look at", path)(errno.into()))?;
+    let absolute = std::path::absolute(path).map_err(Error::io("find", path))?;
+    let exists = |path: &&Path| path.exists();
+    let there = absolute.ancestors().find(exists).unwrap_or(path);
+    let space = statvfs(there).map_err(|errno| Error::io("look at", there)(errno.into()))?;
     Ok(space.f_bavail.saturating_mul(space.f_frsize))
 }
 
@@ -74,20 +78,48 @@ pub struct Cleaned {
 }
 
 impl Store {
-    /// Opens the store at `root`, making what is missing.
+    /// The store at `root`. It need not exist: then it has no snapshots, and
+    /// the first [`Store::begin`] makes it. Nothing is made before.
     ///
     /// # Errors
     ///
     /// [`Error::BadRoot`] if the directory is another user's, or writable by
     /// others: they could exchange guests' memory. [`Error::Io`].
     pub fn open(root: &Path) -> Result<Self> {
-        files::ensure_dir(root)?;
-        let root = std::fs::canonicalize(root).map_err(Error::io("find", root))?;
-        check_root(&root)?;
-        for name in [TMP_NAME, SNAPSHOTS_NAME] {
-            files::ensure_dir(&root.join(name))?;
+        match std::fs::canonicalize(root) {
+            Ok(root) => {
+                check_root(&root)?;
+                Ok(Store { root })
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                let root = std::path::absolute(root).map_err(Error::io("find", root))?;
+                Ok(Store { root })
+            }
+            Err(error) => Err(Error::io("find", root)(error)),
         }
-        Ok(Store { root })
+    }
+
+    /// The store at `root`, for those who only look for what is there already.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoStore`], and as [`Store::open`].
+    pub fn open_existing(root: &Path) -> Result<Self> {
+        let store = Self::open(root)?;
+        if store.snapshots().is_dir() {
+            Ok(store)
+        } else {
+            Err(Error::NoStore { path: store.root })
+        }
+    }
+
+    fn make(&self) -> Result<()> {
+        files::ensure_dir(&self.root)?;
+        check_root(&self.root)?;
+        for name in [TMP_NAME, SNAPSHOTS_NAME] {
+            files::ensure_dir(&self.root.join(name))?;
+        }
+        Ok(())
     }
 
     /// The store's directory.
@@ -105,16 +137,18 @@ impl Store {
         Catalogue::new(self.clone())
     }
 
-    /// Begins a snapshot of `vne`, named after the present time.
+    /// Begins a snapshot of `vne`, named after the present time. Makes the
+    /// store if it doesn't exist.
     ///
     /// # Errors
     ///
-    /// [`Error::Io`].
+    /// [`Error::BadRoot`], [`Error::Io`].
     pub fn begin(&self, vne: &Name) -> Result<Take> {
         self.begin_at(vne, SystemTime::now())
     }
 
     pub(super) fn begin_at(&self, vne: &Name, time: SystemTime) -> Result<Take> {
+        self.make()?;
         // Nobody else makes or judges entries of tmp/ while this is held.
         let _tmp = files::lock_dir_wait(&self.tmp())?;
         let (id, dir) = (1..=SAME_SECOND_MAX)
@@ -162,8 +196,12 @@ impl Store {
     /// Finds and locks the garbage in `tmp/`; nobody else will touch it then.
     fn lock_garbage(&self, cleaned: &mut Cleaned) -> Result<Vec<(PathBuf, File)>> {
         let tmp = self.tmp();
-        let _tmp = files::lock_dir_wait(&tmp)?;
         let mut garbage = Vec::new();
+        let _tmp = match files::lock_dir_wait(&tmp) {
+            // Nobody has ever taken a snapshot into this store.
+            Err(error) if is_not_found(&error) => return Ok(garbage),
+            locked => locked?,
+        };
         for entry in std::fs::read_dir(&tmp).map_err(Error::io("read", &tmp))? {
             let entry = entry.map_err(Error::io("read", &tmp))?;
             let name = entry.file_name();
@@ -209,6 +247,7 @@ impl Store {
     /// is out of the catalogue before its first file goes.
     pub(super) fn remove_snapshot(&self, vne: &Name, id: &SnapshotId) -> Result<()> {
         let from = self.snapshot_dir(vne, id);
+        files::ensure_dir(&self.tmp())?;
         let pid = std::process::id();
         let to = self.tmp().join(format!("{REMOVED_PREFIX}{vne}.{id}.{pid}"));
         rename_dir(&from, &to)?;
@@ -224,6 +263,9 @@ fn check_root(root: &Path) -> Result<()> {
         problem,
     };
     let facts = std::fs::metadata(root).map_err(Error::io("look at", root))?;
+    if !facts.is_dir() {
+        return Err(bad(String::from("it is no directory")));
+    }
     let me = rustix::process::geteuid().as_raw();
     if facts.uid() != me && facts.uid() != 0 {
         return Err(bad(format!("it belongs to user {}", facts.uid())));
