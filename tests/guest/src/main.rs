@@ -47,8 +47,11 @@ fn main() -> ExitCode {
     if std::process::id() == 1 {
         init::run();
     }
-    let words: Vec<String> = std::env::args().skip(1).collect();
+    let mut words = std::env::args();
+    let called = words.next().unwrap_or_default();
+    let words: Vec<String> = words.collect();
     let result = match words.split_first() {
+        _ if called == "/sbin/poweroff" => sys::power_off(),
         None => Err(HELP.to_owned()),
         Some((verb, _)) if verb == "--help" || verb == "help" => {
             println!("{HELP}");

@@ -30,6 +30,14 @@ impl Cpio {
         self.entry(path, mode, (0, 0), content);
     }
 
+    /// Adds a symbolic link, and the folders above it.
+    pub fn link(&mut self, path: &str, target: &str) {
+        if let Some((above, _)) = path.rsplit_once('/') {
+            self.folder(above);
+        }
+        self.entry(path, 0o120_777, (0, 0), target.as_bytes());
+    }
+
     /// Adds a character device.
     pub fn device(&mut self, path: &str, major: u32, minor: u32) {
         self.entry(path, 0o020_600, (major, minor), &[]);

@@ -236,6 +236,7 @@ pub fn initrd(cache: &Cache, image: &Image) -> Result<Initrd> {
         std::fs::read(&binary).with_context(|| format!("cannot read {}", binary.display()))?;
     let key = Key::new("guest-initrd")
         .with("init", &init)
+        .with("format", "1")
         .with("image", &image.key)
         .finish();
     let dir = cache.artefact("guest-initrd", &key, |out| {
@@ -245,6 +246,8 @@ pub fn initrd(cache: &Cache, image: &Image) -> Result<Initrd> {
         }
         cpio.device("dev/console", 5, 1);
         cpio.file("init", true, &init);
+        // Called by the kernel when the toolstack asks for a shutdown.
+        cpio.link("sbin/poweroff", "/init");
         for module in image.guest_modules()? {
             let name = module
                 .file_name()
