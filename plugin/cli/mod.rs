@@ -251,4 +251,21 @@ mod tests {
             assert!(parse(bad).is_err(), "{bad}");
         }
     }
+
+    #[test]
+    fn what_names_nothing_is_refused_as_a_bad_argument() {
+        for line in [
+            "show lab@yesterday",
+            "restore lab@yesterday",
+            "restore /nonexistent/x.save",
+            "remove lab",
+            "remove lab@latest lab@yesterday",
+            "export lab@yesterday db -",
+            "take lab ../db",
+        ] {
+            let words = ["xl vne-snapshot"].into_iter().chain(line.split(' '));
+            let refused = Arguments::try_parse_from(words).map_err(|error| error.exit_code());
+            assert_eq!(refused.err(), Some(2), "{line}");
+        }
+    }
 }

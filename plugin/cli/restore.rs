@@ -13,7 +13,7 @@ use crate::stream::is_save_file;
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
     /// VNE, for the newest one, or VNE@ID
-    snapshot: String,
+    snapshot: Wanted,
     /// Say what would be done, and do nothing (as 'xl -N')
     #[arg(short = 'N', long)]
     dry_run: bool,
@@ -27,16 +27,41 @@ pub struct Arguments {
     store: StoreArgument,
 }
 
+/// What stands where a snapshot's name should.
+#[derive(Debug, Clone)]
+enum Wanted {
+    Snapshot { text: String, name: SnapshotName },
+    /// No snapshot's name, but a file's: 'xl restore' takes those.
+    File(String),
+}
+
+impl std::str::FromStr for Wanted {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let text = text.to_owned();
+        match text.parse() {
+            Ok(name) => Ok(Self::Snapshot { text, name }),
+            Err(_) if Path::new(&text).is_file() => Ok(Self::File(text)),
+            Err(error) => Err(error),
+        }
+    }
+}
+
 /// Runs the verb.
 pub fn run(host: &Host, arguments: &Arguments) -> Result<(), Failure> {
-    let name: SnapshotName = match arguments.snapshot.parse() {
-        Ok(name) => name,
-        Err(error) => return Err(explain_file(&arguments.snapshot).unwrap_or(error).into()),
+    let (text, name) = match &arguments.snapshot {
+        Wanted::Snapshot { text, name } => (text, name),
+        Wanted::File(text) => return Err(explain_file(text).into()),
     };
     let store = arguments.store.open(host, Some(&name.vne))?;
-    let snapshot = name
-        .open(&store)
-        .map_err(|error| explain_file(&arguments.snapshot).map_or(error, Failure::from))?;
+    let snapshot = name.open(&store).map_err(|error| {
+        if Path::new(text).is_file() {
+            explain_file(text).into()
+        } else {
+            error
+        }
+    })?;
     if arguments.dry_run || host.dry_run {
         let manifest = snapshot.manifest();
         let members: Vec<&str> = manifest.members.iter().map(|m| m.name.as_str()).collect();
@@ -60,23 +85,17 @@ pub fn run(host: &Host, arguments: &Arguments) -> Result<(), Failure> {
     Ok(())
 }
 
-/// If a file is meant, says what it is and what to do with it.
-fn explain_file(text: &str) -> Option<String> {
-    let path = Path::new(text);
-    if !path.is_file() {
-        return None;
-    }
-    let mut start = [0; 64];
-    let length = File::open(path)
-        .and_then(|mut file| file.read(&mut start))
-        .ok()?;
-    Some(if is_save_file(start.get(..length)?) {
+/// Says what this file is and what to do with it.
+fn explain_file(text: &str) -> String {
+    let mut start = Vec::new();
+    let read = File::open(text).and_then(|file| file.take(64).read_to_end(&mut start));
+    if read.is_ok() && is_save_file(&start) {
         format!(
             "{text} is a file of 'xl save', not a VNE snapshot: restore it with 'xl restore {text}'"
         )
     } else {
         format!("{text} is a file: name a snapshot as VNE or VNE@ID (see 'xl vne-snapshot list')")
-    })
+    }
 }
 
 struct Printer {
@@ -103,5 +122,26 @@ impl Progress for Printer {
 
     fn released(&mut self) {
         self.say("released");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_is_told_from_a_bad_name() -> Result<(), Failure> {
+        let dir = tempfile::tempdir()?;
+        let path = dir.path().join("x.save");
+        let text = path.to_string_lossy();
+        assert!(text.parse::<Wanted>().is_err());
+        std::fs::write(&path, "no save file")?;
+        let Wanted::File(file) = text.parse()? else {
+            return Err("a path is no snapshot's name".into());
+        };
+        assert!(explain_file(&file).contains("name a snapshot"));
+        std::fs::write(&path, b"Xen saved domain, xl format\n \0 \r....")?;
+        assert!(explain_file(&file).contains(&format!("'xl restore {text}'")));
+        Ok(())
     }
 }

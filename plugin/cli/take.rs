@@ -33,7 +33,7 @@ pub struct Arguments {
     /// The VNE
     vne: Name,
     /// Its members, by domain name [default: those of /etc/xen/vne/VNE.cfg]
-    members: Vec<String>,
+    members: Vec<Name>,
     /// Say what would be done, and do nothing (as 'xl -N')
     #[arg(short = 'N', long)]
     dry_run: bool,
@@ -113,7 +113,7 @@ fn request(host: &Host, arguments: &Arguments) -> Result<TakeRequest, Failure> {
     let members = if arguments.members.is_empty() {
         config.members
     } else {
-        arguments.members.clone()
+        arguments.members.iter().map(Name::to_string).collect()
     };
     for member in &members {
         Name::new(member)?;

@@ -24,7 +24,9 @@ const CASES: &[(&str, i32, &str)] = &[
     ("conjure", 2, "conjure"),
     ("restore nosuch", 1, "nosuch"),
     ("restore lab@20010101T000000Z", 1, "20010101T000000Z"),
-    ("remove lab", 1, "lab@latest"),
+    ("restore lab@yesterday", 2, "yesterday"),
+    ("remove lab", 2, "lab@latest"),
+    ("remove lab@yesterday", 2, "yesterday"),
     ("show lab@yesterday", 2, "yesterday"),
     (
         "export lab@20010101T000000Z ring0 /tmp/x",
