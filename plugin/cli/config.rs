@@ -9,6 +9,16 @@ use super::{Failure, Host};
 use crate::cut::OnDivergence;
 use crate::image::Name;
 
+/// All keys; libxlutil can't tell what else there is.
+const KEYS: [&str; 6] = [
+    "members",
+    "store",
+    "hold_kib",
+    "precopy_max",
+    "last_copy_ms",
+    "diverging",
+];
+
 /// What the file may say. What it doesn't say is `None`.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct VneConfig {
@@ -43,7 +53,18 @@ impl VneConfig {
         file.take(CONFIG_BYTES_MAX as u64 + 1)
             .read_to_end(&mut text)
             .map_err(|error| format!("{}: {error}", path.display()))?;
-        Ok(Some(Self::parse(&path.to_string_lossy(), &text)?))
+        let source = path.to_string_lossy();
+        let config = Self::parse(&source, &text)?;
+        for key in keys(&text)
+            .iter()
+            .filter(|key| !KEYS.contains(&key.as_str()))
+        {
+            log::warn!(
+                "{source}: '{key}' means nothing (there are {})",
+                KEYS.join(", ")
+            );
+        }
+        Ok(Some(config))
     }
 
     fn parse(source: &str, text: &[u8]) -> Result<Self, String> {
@@ -72,9 +93,64 @@ impl VneConfig {
     }
 }
 
+/// The keys in a text that libxlutil has understood: the words that begin a
+/// statement. Statements end with a line, or a ';', outside of brackets; a
+/// string can't have its own quote in it (`libxlu_cfg_l.l`).
+fn keys(text: &[u8]) -> Vec<String> {
+    let mut keys = Vec::new();
+    let mut rest = text.iter().copied().peekable();
+    let mut depth = 0_u32;
+    let mut begins = true;
+    while let Some(byte) = rest.next() {
+        match byte {
+            b'#' => while rest.next_if(|&byte| byte != b'\n').is_some() {},
+            b'"' | b'\'' => while rest.next().is_some_and(|other| other != byte) {},
+            b'[' => depth += 1,
+            b']' => depth = depth.saturating_sub(1),
+            b'\n' | b';' if depth == 0 => begins = true,
+            b'A'..=b'Z' | b'a'..=b'z' | b'_' if begins => {
+                let in_word = |byte: &u8| byte.is_ascii_alphanumeric() || *byte == b'_';
+                let mut key = String::from(char::from(byte));
+                while let Some(byte) = rest.next_if(in_word) {
+                    key.push(char::from(byte));
+                }
+                keys.push(key);
+                begins = false;
+            }
+            _ => {}
+        }
+    }
+    keys
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn keys_are_told_from_all_else() {
+        let text = b"# precopymax = 1\nmembers = [ \"a\", # one = 1\n  'b;c=', \n \"d#\" ]\n\
+                     \n  precopymax=30 # x = 2\nstore = \"/y = 3; z = 4\"; hold_kib += 5";
+        let expected = ["members", "precopymax", "store", "hold_kib"];
+        assert_eq!(keys(text), expected);
+        assert!(XlConfig::parse("lab.cfg", &text[..text.len() - 15]).is_ok());
+        assert!(keys(b"").is_empty() && keys(b"\"").is_empty());
+    }
+
+    #[test]
+    fn all_keys_are_read() -> Result<(), String> {
+        let values = ["[ \"a\" ]", "\"/x\"", "16", "1", "1", "\"go\""];
+        let text: String = KEYS
+            .iter()
+            .zip(values)
+            .map(|(key, value)| format!("{key} = {value}\n"))
+            .collect();
+        let config = VneConfig::parse("lab.cfg", text.as_bytes())?;
+        assert!(config.store.is_some() && config.hold_kib.is_some());
+        assert!(config.precopy_max_s.is_some() && config.last_copy_ms.is_some());
+        assert_eq!(config.diverging, Some(OnDivergence::Go));
+        Ok(())
+    }
 
     #[test]
     fn everything_is_read() -> Result<(), String> {

@@ -28,9 +28,7 @@ pub struct Arguments {
 
 /// Runs the verb.
 pub fn run(host: &Host, arguments: &Arguments) -> Result<(), Failure> {
-    let store = arguments
-        .store
-        .open(host, Some(&arguments.snapshot.vne))?;
+    let store = arguments.store.open(host, Some(&arguments.snapshot.vne))?;
     let snapshot = arguments.snapshot.open(&store)?;
     let reader = snapshot.member(&arguments.member)?;
     if arguments.dry_run || host.dry_run {

@@ -30,7 +30,10 @@ pub struct Arguments {
 /// What stands where a snapshot's name should.
 #[derive(Debug, Clone)]
 enum Wanted {
-    Snapshot { text: String, name: SnapshotName },
+    Snapshot {
+        text: String,
+        name: SnapshotName,
+    },
     /// No snapshot's name, but a file's: 'xl restore' takes those.
     File(String),
 }

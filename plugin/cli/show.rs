@@ -18,9 +18,7 @@ pub struct Arguments {
 
 /// Runs the verb.
 pub fn run(host: &Host, arguments: &Arguments) -> Result<(), Failure> {
-    let store = arguments
-        .store
-        .open(host, Some(&arguments.snapshot.vne))?;
+    let store = arguments.store.open(host, Some(&arguments.snapshot.vne))?;
     let snapshot = arguments.snapshot.open(&store)?;
     if arguments.json {
         print_json(snapshot.manifest())
