@@ -363,19 +363,52 @@ fn counters(rtnl: &mut Rtnl, ifb: &str, index: u32) -> Result<HoldCounters, Erro
         .ok_or_else(|| Error::Answer(format!("the counters of {ifb}")))
 }
 
-/// Deleting a device purges its queue, so it has to be empty first.
+/// Deleting a device drops what is in it, so it has to be empty first: the
+/// plug, and the ifb's own queue behind it, from which a tasklet hands frames
+/// on whenever the processor gets round to it.
 fn wait_drained(rtnl: &mut Rtnl, ifb: &str, index: u32) {
     let start = Instant::now();
     while start.elapsed() < DRAIN_MAX {
-        match counters(rtnl, ifb, index) {
-            Ok(counters) if counters.queued_frames > 0 => {
-                std::thread::sleep(Duration::from_millis(1));
+        let plug = counters(rtnl, ifb, index).map(|counters| counters.queued_frames);
+        let behind = frames_in_ifb(rtnl, ifb, index);
+        match (plug, behind) {
+            (Ok(0), Ok(0)) => return,
+            (Ok(_), Ok(_)) => std::thread::sleep(Duration::from_millis(1)),
+            (Err(error), _) | (_, Err(error)) => {
+                log::debug!("{ifb}: {error}");
+                return;
             }
-            _ => break,
         }
     }
-    // The ifb hands frames on from a tasklet, after they left the queue.
-    std::thread::sleep(Duration::from_millis(1));
+    log::warn!(
+        "{ifb}: frames are still in it after {} s",
+        DRAIN_MAX.as_secs()
+    );
+}
+
+/// Frames that have left the plug and haven't been handed on. An ifb counts
+/// as received what it is given to send, and as sent what it hands on.
+fn frames_in_ifb(rtnl: &mut Rtnl, ifb: &str, index: u32) -> Result<u64, Error> {
+    let links = rtnl.dump(
+        "list interfaces",
+        RouteNetlinkMessage::GetLink(LinkMessage::default()),
+    )?;
+    links
+        .into_iter()
+        .find_map(|message| match message {
+            RouteNetlinkMessage::NewLink(link) if link.header.index == index => link
+                .attributes
+                .into_iter()
+                .find_map(|attribute| match attribute {
+                    LinkAttribute::Stats64(stats) => {
+                        let handed_on = stats.tx_packets + stats.tx_dropped;
+                        Some(stats.rx_packets.saturating_sub(handed_on))
+                    }
+                    _ => None,
+                }),
+            _ => None,
+        })
+        .ok_or_else(|| Error::Answer(format!("the counters of {ifb}")))
 }
 
 #[cfg(test)]
