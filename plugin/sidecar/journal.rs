@@ -6,13 +6,14 @@
 //! RUN/vne/            0700
 //!   register          flock: held while a take is entered or looked up
 //!   PID-N/            one take
-//!     lock            flock: held by the take while it lives, then by whoever cleans up
+//!     lock            flock: held by the take while it lives, then by whoever cleans up;
+//!                     made with the folder, and never again
 //!     journal.json    replaced as a whole; gone when there is nothing to undo
 //! ```
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -142,7 +143,7 @@ impl Register {
     pub fn enter(&self, record: Record) -> Result<Journal, Error> {
         let start = Instant::now();
         loop {
-            let _register = lock(&self.root.join("register"), FlockOperation::LockExclusive)?;
+            let _register = self.lock()?;
             match self.conflict(&record)? {
                 None => return self.create(record),
                 // Its guard is at work.
@@ -168,14 +169,24 @@ impl Register {
 
     /// Hands all takes whose process is gone to `orphaned`, to clean up.
     pub fn sweep(&self, mut orphaned: impl FnMut(Orphan)) -> Result<(), Error> {
-        let _register = lock(&self.root.join("register"), FlockOperation::LockExclusive)?;
+        let _register = self.lock()?;
         for folder in self.folders()? {
             if let Some(orphan) = Orphan::adopt(&folder, FlockOperation::NonBlockingLockExclusive)?
             {
                 orphaned(orphan);
+            } else if !folder.join("lock").exists() {
+                // Being made it has one, as the register is locked: its owner
+                // died between two steps of making or removing it.
+                remove(&folder)?;
             }
         }
         Ok(())
+    }
+
+    fn lock(&self) -> Result<File, Error> {
+        let path = self.root.join("register");
+        make_file(&path)?;
+        lock(&path, FlockOperation::LockExclusive)
     }
 
     fn conflict(&self, record: &Record) -> Result<Option<(String, Record)>, Error> {
@@ -201,7 +212,9 @@ impl Register {
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
                 Err(error) => return Err(in_file(&folder)(error)),
                 Ok(()) => {
-                    let lock = lock(&folder.join("lock"), FlockOperation::LockExclusive)?;
+                    let path = folder.join("lock");
+                    make_file(&path)?;
+                    let lock = lock(&path, FlockOperation::LockExclusive)?;
                     write(&folder, &record)?;
                     return Ok(Journal {
                         folder,
@@ -274,7 +287,7 @@ impl Orphan {
                 _lock: held,
             })),
             None => {
-                // Closed, or never written: only the folder is left, if that.
+                // Its owner died before it was written, or while closing it.
                 remove(folder)?;
                 Ok(None)
             }
@@ -307,24 +320,34 @@ fn in_file(path: &Path) -> impl FnOnce(io::Error) -> Error + '_ {
     }
 }
 
-fn lock(path: &Path, how: FlockOperation) -> Result<File, Error> {
-    let exists = path.parent().is_some_and(Path::is_dir);
-    if !exists {
-        return Err(in_file(path)(io::ErrorKind::NotFound.into()));
-    }
-    let file = File::options()
+fn make_file(path: &Path) -> Result<(), Error> {
+    File::options()
         .write(true)
         .create(true)
         .truncate(false)
         .mode(0o600)
         .open(path)
-        .map_err(in_file(path))?;
+        .map(|_| ())
+        .map_err(in_file(path))
+}
+
+/// Locks a file that exists. If it was removed meanwhile, or another one is in
+/// its place, that counts as not found.
+fn lock(path: &Path, how: FlockOperation) -> Result<File, Error> {
+    let file = File::open(path).map_err(in_file(path))?;
     loop {
         match rustix::fs::flock(&file, how) {
-            Ok(()) => return Ok(file),
+            Ok(()) => break,
             Err(rustix::io::Errno::INTR) => {}
             Err(errno) => return Err(in_file(path)(errno.into())),
         }
+    }
+    let locked = file.metadata().map_err(in_file(path))?;
+    let named = fs::metadata(path).map_err(in_file(path))?;
+    if (locked.dev(), locked.ino()) == (named.dev(), named.ino()) {
+        Ok(file)
+    } else {
+        Err(in_file(path)(io::ErrorKind::NotFound.into()))
     }
 }
 
@@ -358,21 +381,21 @@ fn write(folder: &Path, record: &Record) -> Result<(), Error> {
     fs::rename(&aside, &path).map_err(in_file(&path))
 }
 
+/// Removes a journal. Without `journal.json` the rest means nothing, and what
+/// can't be removed of it is left to the next sweep.
 fn remove(folder: &Path) -> Result<(), Error> {
-    // The journal first: without it the rest means nothing.
-    for name in ["journal.json", "journal.new", "lock"] {
-        let path = folder.join(name);
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(in_file(&path)(error))
-            }
-            _ => {}
-        }
-    }
-    match fs::remove_dir(folder) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(in_file(folder)(error)),
+    let gone = |result: io::Result<()>| match result {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
+    };
+    let path = folder.join("journal.json");
+    gone(fs::remove_file(&path)).map_err(in_file(&path))?;
+    let rest = ["journal.new", "lock"].map(|name| gone(fs::remove_file(folder.join(name))));
+    let rest = rest.into_iter().chain([gone(fs::remove_dir(folder))]);
+    for error in rest.filter_map(Result::err) {
+        log::debug!("{}: {error}", folder.display());
     }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -438,6 +461,56 @@ mod tests {
         journal.close()?;
         assert!(Orphan::adopt(&folder, FlockOperation::LockExclusive)?.is_none());
         assert!(!folder.exists());
+        Ok(())
+    }
+
+    #[test]
+    fn who_comes_late_to_a_closed_journal_does_not_build_it_up_again() -> TestResult {
+        let run = tempfile::tempdir()?;
+        let register = Register::open(run.path())?;
+        let journal = register.enter(record("a", &["1"]))?;
+        let folder = journal.folder().to_owned();
+        // Where close is when it has all but the folder removed.
+        fs::remove_file(folder.join("journal.json"))?;
+        fs::remove_file(folder.join("lock"))?;
+        assert!(Orphan::adopt(&folder, FlockOperation::LockExclusive)?.is_none());
+        assert_eq!(fs::read_dir(&folder)?.count(), 0);
+        journal.close()?;
+        assert!(!folder.exists());
+        Ok(())
+    }
+
+    #[test]
+    fn a_journal_is_closed_even_if_something_else_is_in_its_folder() -> TestResult {
+        let run = tempfile::tempdir()?;
+        let register = Register::open(run.path())?;
+        let journal = register.enter(record("a", &["1"]))?;
+        let foreign = journal.folder().join("foreign");
+        fs::write(&foreign, "")?;
+        journal.close()?;
+        register.sweep(|orphan| panic!("{orphan:?}"))?;
+        fs::remove_file(&foreign)?;
+        register.sweep(|orphan| panic!("{orphan:?}"))?;
+        assert!(register.is_empty()?);
+        Ok(())
+    }
+
+    #[test]
+    fn a_guard_that_waited_for_a_closed_journal_leaves_its_successor_alone() -> TestResult {
+        let run = tempfile::tempdir()?;
+        let register = Register::open(run.path())?;
+        let first = register.enter(record("a", &["1"]))?;
+        let folder = first.folder().to_owned();
+        let path = folder.clone();
+        let guard = std::thread::spawn(move || Orphan::adopt(&path, FlockOperation::LockExclusive));
+        std::thread::sleep(Duration::from_millis(50));
+        first.close()?;
+        // The same folder again, as when a process number is used again.
+        let second = register.enter(record("a", &["1"]))?;
+        assert_eq!(second.folder(), folder);
+        let adopted = guard.join().map_err(|_| "the guard panicked")??;
+        assert!(adopted.is_none() && folder.join("journal.json").exists());
+        second.close()?;
         Ok(())
     }
 
