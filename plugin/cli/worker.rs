@@ -14,7 +14,7 @@ use crate::domain::recover::recover_domains;
 use crate::domain::worker::{self, Helpers};
 use crate::sentence::sentence;
 use crate::sidecar::guard;
-use crate::sidecar::journal::Register;
+use crate::sidecar::journal::{JournalDomain, Register, RestoreStage};
 
 /// Internal to xl vne-snapshot.
 #[derive(Debug, Parser)]
@@ -34,6 +34,8 @@ enum Work {
     Sweep,
     /// Bring domains back to running, each given as DOMID=UUID
     Recover { domains: Vec<String> },
+    /// Destroy domains that were built paused, each given as NAME=UUID
+    Discard { domains: Vec<String> },
     /// Set domains running that were built paused
     Release { domains: Vec<String> },
 }
@@ -69,11 +71,12 @@ fn run(host: &Host, work: &Work) -> Result<(), Failure> {
         }
         Work::Guard { folder } => {
             outlive_the_take()?;
-            Ok(guard::watch(&host.xl, folder)?)
+            Ok(guard::watch(&host.xl, &host.program(), folder)?)
         }
         Work::Sweep => {
             let register = Register::open(&host.run_dir)?;
-            Ok(register.sweep(|orphan| guard::clean_up(&host.xl, orphan))?)
+            let program = host.program();
+            Ok(register.sweep(|orphan| guard::clean_up(&host.xl, &program, orphan))?)
         }
         Work::Recover { domains } => {
             let parse = |text: &'_ String| -> Option<(u32, String)> {
@@ -86,6 +89,24 @@ fn run(host: &Host, work: &Work) -> Result<(), Failure> {
                 .map(|(id, uuid)| (*id, uuid.as_str()))
                 .collect();
             Ok(recover_domains(&host.xl, &domains)?)
+        }
+        Work::Discard { domains } => {
+            let parse = |text: &String| {
+                let (name, uuid) = text.split_once('=')?;
+                Some(JournalDomain {
+                    name: name.to_owned(),
+                    domid: 0,
+                    uuid: uuid.to_owned(),
+                })
+            };
+            let domains: Vec<_> = domains.iter().filter_map(parse).collect();
+            let building = RestoreStage::Building;
+            Ok(guard::end_restore(
+                &host.xl,
+                &host.program(),
+                &domains,
+                building,
+            )?)
         }
         Work::Release { domains } => release(host, domains),
     }

@@ -1,13 +1,15 @@
-//! The guard: a process beside each take that outlives it. It waits for the
-//! take's lock, which the kernel frees when the take's process ends, however
+//! The guard: a process beside each take or restore that outlives it. It waits
+//! for its lock, which the kernel frees when the take's process ends, however
 //! it ends; and when something is left to undo then, it undoes it.
 
 use std::path::Path;
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use rustix::fs::FlockOperation;
 
 use super::journal::{self, JournalDomain, JournalProcess, Orphan, RestoreStage};
+use super::workers::Program;
 use crate::domain::recover::recover_domains;
 use crate::domain::xl::{self, Xl};
 use crate::image::Store;
@@ -17,26 +19,32 @@ use crate::sentence::sentence;
 /// A worker whose engine is gone gives up by itself, after a cut that is
 /// under way; then it's killed.
 const WORKER_END_MAX: Duration = Duration::from_millis(1_000);
+/// An 'xl restore' whose save file ends too early destroys what it has half
+/// built, and lets the next one do so: they share a lock. Then it's killed.
+pub(super) const BUILDER_END_MAX: Duration = Duration::from_secs(10);
+/// How long a killed process may take to end.
+pub(super) const KILLED_END_MAX: Duration = Duration::from_secs(2);
 
 /// Waits until the take that owns the journal in `folder` has ended, and
 /// cleans up after it if it didn't do so itself.
-pub fn watch(xl: &Xl, folder: &Path) -> Result<(), String> {
+pub fn watch(xl: &Xl, program: &Program, folder: &Path) -> Result<(), String> {
     let adopted = Orphan::adopt(folder, FlockOperation::LockExclusive);
     match adopted.map_err(|error| sentence(&error))? {
         Some(orphan) => {
-            clean_up(xl, orphan);
+            clean_up(xl, program, orphan);
             Ok(())
         }
         None => Ok(()),
     }
 }
 
-/// Undoes what a dead take left. Every step is tried; the journal goes only
+/// Undoes what a dead take or restore left. Every step is tried; the journal goes only
 /// when all have worked, so that the next one tries again.
-pub fn clean_up(xl: &Xl, orphan: Orphan) {
+pub fn clean_up(xl: &Xl, program: &Program, orphan: Orphan) {
     let record = &orphan.record;
     log::warn!(
-        "cleaning up after a take of VNE '{}' (process {}) that was killed",
+        "cleaning up after a {} of VNE '{}' (process {}) that was killed",
+        record.restore.map_or("take", |_| "restore"),
         record.vne,
         record.pid
     );
@@ -49,7 +57,8 @@ pub fn clean_up(xl: &Xl, orphan: Orphan) {
     };
     // The network first: every other step may take a while.
     must(remove_holds(record).map_err(|error| sentence(&error)));
-    end_workers(&record.workers);
+    let patience = record.restore.map_or(WORKER_END_MAX, |_| BUILDER_END_MAX);
+    must(end_processes(&record.workers, patience));
     match record.restore {
         None => {
             let domains: Vec<_> = record
@@ -58,16 +67,12 @@ pub fn clean_up(xl: &Xl, orphan: Orphan) {
                 .map(|domain| (domain.domid, domain.uuid.as_str()))
                 .collect();
             must(recover_domains(xl, &domains).map_err(|error| sentence(&error)));
-        }
-        Some(stage) => {
-            for domain in &record.domains {
-                must(end_restore(xl, domain, stage).map_err(|error| sentence(&error)));
+            if let Err(error) = Store::open(&record.store).and_then(|store| store.clean_tmp()) {
+                // Half a snapshot is never listed; the next take tries again.
+                log::warn!("{}", sentence(&error));
             }
         }
-    }
-    if let Err(error) = Store::open(&record.store).and_then(|store| store.clean_tmp()) {
-        // Half a snapshot is never listed; the next take tries again.
-        log::warn!("{}", sentence(&error));
+        Some(stage) => must(end_restore(xl, program, &record.domains, stage)),
     }
     if undone {
         if let Err(error) = orphan.close() {
@@ -76,25 +81,82 @@ pub fn clean_up(xl: &Xl, orphan: Orphan) {
     }
 }
 
-/// Half a VNE must not stay: its domains all run, or none exists.
-fn end_restore(xl: &Xl, domain: &JournalDomain, stage: RestoreStage) -> Result<(), xl::Error> {
-    let domid = match xl.find(&domain.name) {
-        Ok(domid) => domid,
-        Err(xl::Error::NoSuchDomain(_)) => return Ok(()),
-        Err(error) => return Err(error),
-    };
+/// Half a VNE must not stay: its domains all run, or none exists. Nobody may be
+/// building them any more.
+pub fn end_restore(
+    xl: &Xl,
+    program: &Program,
+    domains: &[JournalDomain],
+    stage: RestoreStage,
+) -> Result<(), String> {
+    let mut result = Ok(());
+    for (domid, uuid) in parse_vm_list(&vm_list(program)?) {
+        let Some(domain) = domains.iter().find(|domain| domain.uuid == uuid) else {
+            continue;
+        };
+        if let Err(error) = end_built(xl, domid, domain, stage) {
+            let error = sentence(&error);
+            log::error!("{}: {error}", domain.name);
+            result = Err(error);
+        }
+    }
+    result
+}
+
+fn end_built(
+    xl: &Xl,
+    domid: u32,
+    domain: &JournalDomain,
+    stage: RestoreStage,
+) -> Result<(), xl::Error> {
+    // A killed 'xl restore' may not have got as far as to name it. One with
+    // another name was renamed to make room for the one to be restored.
+    let ours = xl
+        .name(domid)
+        .is_none_or(|name| name.is_empty() || name == domain.name);
     let state = match xl.state(domid) {
         Err(xl::Error::Gone(_)) => return Ok(()),
         other => other?,
     };
     // Only what the restore has built, and nobody has set running since.
-    if state.uuid != domain.uuid || !state.paused {
+    if !ours || state.uuid != domain.uuid || !state.paused || state.dying {
         return Ok(());
     }
-    match stage {
+    let ended = match stage {
         RestoreStage::Building => xl.destroy(domid),
         RestoreStage::Releasing => xl.unpause(domid),
+    };
+    match xl.state(domid) {
+        // Somebody else was faster.
+        Err(xl::Error::Gone(_)) => Ok(()),
+        Ok(state) if !state.paused => Ok(()),
+        _ => ended,
     }
+}
+
+/// All domains of the host, also those without a name: libxl finds no domain
+/// by its UUID.
+fn vm_list(program: &Program) -> Result<String, String> {
+    let listed = program
+        .xl_command("vm-list")
+        .stdout(Stdio::piped())
+        .stderr(Stdio::inherit())
+        .output()
+        .map_err(|error| format!("xl vm-list: {error}"))?;
+    if listed.status.success() {
+        Ok(String::from_utf8_lossy(&listed.stdout).into_owned())
+    } else {
+        Err(format!("xl vm-list: {}", listed.status))
+    }
+}
+
+/// Lines of UUID, number and name, below a heading.
+fn parse_vm_list(text: &str) -> impl Iterator<Item = (u32, &str)> {
+    text.lines().filter_map(|line| {
+        let mut words = line.split_ascii_whitespace();
+        let uuid = words.next()?;
+        Some((words.next()?.parse().ok()?, uuid))
+    })
 }
 
 fn remove_holds(record: &journal::Record) -> Result<(), net::Error> {
@@ -112,26 +174,69 @@ fn remove_holds(record: &journal::Record) -> Result<(), net::Error> {
     result
 }
 
-fn end_workers(workers: &[JournalProcess]) {
+fn end_processes(processes: &[JournalProcess], patience: Duration) -> Result<(), String> {
     let lives =
-        |worker: &&JournalProcess| journal::start_ticks(worker.pid) == Some(worker.start_ticks);
-    let start = Instant::now();
-    while workers.iter().any(|worker| lives(&worker)) && start.elapsed() < WORKER_END_MAX {
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    for worker in workers.iter().filter(lives) {
-        let Some(pid) = i32::try_from(worker.pid)
+        |process: &&JournalProcess| journal::start_ticks(process.pid) == Some(process.start_ticks);
+    let wait = |how_long: Duration| {
+        let start = Instant::now();
+        while processes.iter().any(|process| lives(&process)) && start.elapsed() < how_long {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    };
+    wait(patience);
+    for process in processes.iter().filter(lives) {
+        let Some(pid) = i32::try_from(process.pid)
             .ok()
             .and_then(rustix::process::Pid::from_raw)
         else {
             continue;
         };
-        log::warn!("worker {} doesn't end, killing it", worker.pid);
+        log::warn!("process {} doesn't end, killing it", process.pid);
         if let Err(error) = rustix::process::kill_process(pid, rustix::process::Signal::KILL) {
-            log::warn!("worker {}: {error}", worker.pid);
+            log::warn!("process {}: {error}", process.pid);
         }
     }
-    while workers.iter().any(|worker| lives(&worker)) && start.elapsed() < 2 * WORKER_END_MAX {
-        std::thread::sleep(Duration::from_millis(10));
+    wait(KILLED_END_MAX);
+    match processes.iter().find(lives) {
+        None => Ok(()),
+        Some(process) => Err(format!("process {} can't be killed", process.pid)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sidecar::workers::journal_process;
+
+    #[test]
+    fn domains_are_found_in_xls_list_with_or_without_a_name() {
+        let text = "UUID                                  ID    name\n\
+                    00000000-0000-0000-0000-000000000000  0    Domain-0                      \n\
+                    9f0c0bd5-7c3b-4f8b-a5a5-3c1f0c6c1d11  7    ring0                         \n\
+                    9f0c0bd5-7c3b-4f8b-a5a5-3c1f0c6c1d12  8    (null)                        \n";
+        let found: Vec<_> = parse_vm_list(text).skip(1).collect();
+        let expected = [
+            (7, "9f0c0bd5-7c3b-4f8b-a5a5-3c1f0c6c1d11"),
+            (8, "9f0c0bd5-7c3b-4f8b-a5a5-3c1f0c6c1d12"),
+        ];
+        assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn a_process_that_does_not_end_is_killed_and_another_one_of_its_number_is_not(
+    ) -> Result<(), Box<dyn std::error::Error>> {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn()?;
+        let process = journal_process(&child);
+        let another = JournalProcess {
+            start_ticks: process.start_ticks + 1,
+            ..process.clone()
+        };
+        end_processes(&[another], Duration::ZERO)?;
+        assert_eq!(child.try_wait()?, None);
+        let waiter = std::thread::spawn(move || child.wait());
+        end_processes(&[process], Duration::from_millis(20))?;
+        let status = waiter.join().map_err(|_| "wait panicked")??;
+        assert!(!status.success());
+        Ok(())
     }
 }

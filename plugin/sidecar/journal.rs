@@ -24,8 +24,9 @@ use crate::net::HoldRecord;
 
 /// A journal is a few hundred bytes per member.
 const JOURNAL_BYTES_MAX: u64 = 4 << 20;
-/// A dead take's journal is cleaned up within 5 s; then it's somebody stuck.
-const CLEAN_UP_WAIT_MAX: Duration = Duration::from_secs(15);
+/// A dead take is cleaned up within 5 s, a restore within 15 s; then it's
+/// somebody stuck.
+const CLEAN_UP_WAIT_MAX: Duration = Duration::from_secs(30);
 
 /// What can go wrong with the journal.
 #[derive(Debug, thiserror::Error)]
@@ -83,7 +84,7 @@ pub struct Record {
     pub store: PathBuf,
     /// The domains that it may have asked to suspend.
     pub domains: Vec<JournalDomain>,
-    /// Its workers.
+    /// Its workers; those of a restore are xl's.
     pub workers: Vec<JournalProcess>,
     /// The holds that it may have built.
     pub holds: Vec<HoldRecord>,

@@ -13,6 +13,7 @@ pub mod guard;
 pub mod journal;
 pub mod manifest;
 pub mod restore;
+mod signals;
 mod workers;
 
 pub use workers::Program;

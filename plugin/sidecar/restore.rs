@@ -5,16 +5,27 @@
 //! is generated from the image as it goes, and leaves behind the monitor that
 //! an admin expects (`on_reboot` and the like work as ever).
 
-use std::io::{self, BufWriter};
+use std::io::{self, BufWriter, Write};
 use std::path::PathBuf;
-use std::process::{Child, Stdio};
+use std::process::{Child, ChildStdin, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use super::engine::{start_guard, sweep, Error};
-use super::journal::{JournalDomain, Record, Register, RestoreStage};
-use super::workers::Program;
-use crate::image::{self, MemberReader, Name, Snapshot};
+use super::guard::{BUILDER_END_MAX, KILLED_END_MAX};
+use super::journal::{Journal, JournalDomain, Record, Register, RestoreStage};
+use super::signals;
+use super::workers::{journal_process, Program, Words};
+use crate::image::{self, Name, Snapshot};
 use crate::sentence::sentence;
 use crate::stream;
+
+const LOOK_INTERVAL: Duration = Duration::from_millis(10);
+/// As much as goes into a pipe at once: between two such writes it's looked
+/// whether to go on.
+const WRITE_BYTES_MAX: usize = 64 << 10;
 
 /// What to restore and how.
 #[derive(Debug)]
@@ -52,11 +63,25 @@ pub fn restore(
     refuse_existing(&request.program, &names)?;
     // Every header and index is read and checked before the first domain is
     // built; each page is checked as it's read.
-    let readers = names
+    let members = names
         .iter()
-        .map(|name| Ok((*name, snapshot.member(&Name::new(name)?)?)))
+        .map(|name| {
+            let reader = snapshot.member(&Name::new(name)?)?;
+            let source = move |pipe: Pipe| {
+                reader.write_save_file(BufWriter::with_capacity(1 << 20, pipe), None)
+            };
+            Ok(((*name).to_owned(), source))
+        })
         .collect::<Result<Vec<_>, Error>>()?;
 
+    let (said, heard) = mpsc::channel();
+    let interrupted = said.clone();
+    signals::watch(move || interrupted.send(Heard::Interrupted).is_ok()).map_err(|source| {
+        Error::Start {
+            what: "watch for signals",
+            source,
+        }
+    })?;
     let domain = |member: &crate::image::Member| JournalDomain {
         name: member.name.to_string(),
         domid: 0,
@@ -75,13 +100,16 @@ pub fn restore(
     start_guard(&request.program, &journal)?;
 
     progress.building(&names);
-    let (built, failure) = build_all(&request.program, readers, progress);
-    if let Some(why) = failure {
-        if destroy_all(&request.program, &built) {
-            journal.close()?;
+    let mut builders = Builders::new(&request.program, BUILDER_END_MAX);
+    let built = builders.build(&mut journal, members, (said, heard), progress);
+    if let Err(error) = built {
+        // What can't be undone here is left to the guard, with the journal.
+        if builders.have_ended() && discard(&request.program, &journal.record().domains) {
+            if let Err(error) = journal.close() {
+                log::error!("{}", sentence(&error));
+            }
         }
-        // Otherwise the journal stays, and the guard tries as this ends.
-        return Err(Error::Failed(why));
+        return Err(error);
     }
     if !request.paused {
         journal.update(|record| record.restore = Some(RestoreStage::Releasing))?;
@@ -124,76 +152,242 @@ fn refuse_existing(program: &Program, names: &[&str]) -> Result<(), Error> {
     Ok(())
 }
 
-/// Builds all members side by side. Returns those that were built, and what
-/// went wrong with the first that was not.
-fn build_all(
-    program: &Program,
-    readers: Vec<(&str, MemberReader)>,
-    progress: &mut dyn Progress,
-) -> (Vec<String>, Option<String>) {
-    let (done, finished) = std::sync::mpsc::channel();
-    let count = readers.len();
-    std::thread::scope(|scope| {
-        for (name, reader) in readers {
-            let done = done.clone();
-            scope.spawn(move || {
-                let result = build(program, name, &reader);
-                // The receiver outlives the scope.
-                let _ = done.send((name.to_owned(), result));
-            });
+/// Destroys what was built, whole or half, in a process that has libxl.
+fn discard(program: &Program, domains: &[JournalDomain]) -> bool {
+    let mut command = program.command(&["discard", "--"]);
+    for domain in domains {
+        command.arg(format!("{}={}", domain.name, domain.uuid));
+    }
+    let status = command.stderr(Stdio::inherit()).status();
+    status.is_ok_and(|status| status.success())
+}
+
+/// What is heard while members are built.
+#[derive(Debug)]
+enum Heard {
+    /// A builder has been given all of its save file, or as much as it took.
+    Fed(usize, Result<(), String>),
+    /// A signal asks to stop.
+    Interrupted,
+}
+
+/// The processes that build the members, side by side.
+struct Builders<'a> {
+    program: &'a Program,
+    /// How long they may take to end when they're called off.
+    patience: Duration,
+    all: Vec<Builder>,
+    called_off: Arc<AtomicBool>,
+}
+
+impl<'a> Builders<'a> {
+    fn new(program: &'a Program, patience: Duration) -> Self {
+        Self {
+            program,
+            patience,
+            all: Vec::new(),
+            called_off: Arc::default(),
         }
-        let mut built = Vec::new();
-        let mut failure = None;
-        for (name, result) in finished.iter().take(count) {
-            match result {
-                Ok(()) => {
-                    progress.built(&name);
-                    built.push(name);
+    }
+
+    /// Builds all `members`, each from what writes its save file. When one
+    /// fails, or at an interrupt, all are called off.
+    fn build<S>(
+        &mut self,
+        journal: &mut Journal,
+        members: Vec<(String, S)>,
+        (said, heard): (Sender<Heard>, Receiver<Heard>),
+        progress: &mut dyn Progress,
+    ) -> Result<(), Error>
+    where
+        S: FnOnce(Pipe) -> Result<(), image::Error> + Send + 'static,
+    {
+        let mut result = self.start(journal, members, &said);
+        let mut ends_until = None;
+        while self.all.iter().any(|builder| !builder.told) {
+            match heard.recv_timeout(LOOK_INTERVAL) {
+                Ok(Heard::Fed(index, fed)) => {
+                    if let Some(builder) = self.all.get_mut(index) {
+                        builder.fed = Some(fed);
+                    }
                 }
-                Err(why) => {
-                    failure.get_or_insert(why);
+                Ok(Heard::Interrupted) => keep_first(&mut result, interrupted()),
+                // It can't be that nobody is left to speak: we are.
+                Err(_) => {}
+            }
+            for builder in &mut self.all {
+                match builder.look() {
+                    None => {}
+                    Some(Ok(())) => progress.built(&builder.name),
+                    Some(Err(why)) => keep_first(&mut result, Error::Failed(why)),
+                }
+            }
+            if result.is_ok() {
+                continue;
+            }
+            self.call_off();
+            let until = *ends_until.get_or_insert_with(|| Instant::now() + self.patience);
+            if Instant::now() > until {
+                self.kill();
+                if self.have_ended() || Instant::now() > until + KILLED_END_MAX {
+                    break;
                 }
             }
         }
-        (built, failure)
-    })
+        if heard
+            .try_iter()
+            .any(|what| matches!(what, Heard::Interrupted))
+        {
+            keep_first(&mut result, interrupted());
+        }
+        result
+    }
+
+    /// All are in the journal before the first one gets anything to build from:
+    /// until then they end by themselves if this process is killed.
+    fn start<S>(
+        &mut self,
+        journal: &mut Journal,
+        members: Vec<(String, S)>,
+        said: &Sender<Heard>,
+    ) -> Result<(), Error>
+    where
+        S: FnOnce(Pipe) -> Result<(), image::Error> + Send + 'static,
+    {
+        for (name, _) in &members {
+            let builder = Builder::start(self.program, name).map_err(|source| Error::Start {
+                what: "start xl",
+                source,
+            })?;
+            self.all.push(builder);
+        }
+        let processes = self.all.iter().map(|b| journal_process(&b.child)).collect();
+        journal.update(|record| record.workers = processes)?;
+        for (index, (builder, (_, source))) in self.all.iter_mut().zip(members).enumerate() {
+            let Some(pipe) = builder.child.stdin.take() else {
+                continue;
+            };
+            builder.fed = None;
+            let (said, called_off) = (said.clone(), Arc::clone(&self.called_off));
+            std::thread::spawn(move || {
+                let fed = feed(source, Pipe { pipe, called_off });
+                // A receiver that is gone means that nobody wants to know.
+                let _ = said.send(Heard::Fed(index, fed));
+            });
+        }
+        Ok(())
+    }
+
+    /// Ends their save files. Stock xl then destroys what it has half built.
+    fn call_off(&mut self) {
+        self.called_off.store(true, Ordering::Relaxed);
+        for builder in &mut self.all {
+            builder.child.stdin = None;
+        }
+    }
+
+    fn kill(&mut self) {
+        for builder in self.all.iter_mut().filter(|b| b.status.is_none()) {
+            if let Err(error) = builder.child.kill() {
+                log::warn!("xl restore of '{}': {error}", builder.name);
+            }
+        }
+    }
+
+    fn have_ended(&self) -> bool {
+        self.all.iter().all(|builder| builder.status.is_some())
+    }
 }
 
-fn build(program: &Program, name: &str, reader: &MemberReader) -> Result<(), String> {
-    let mut command = program.xl_command("restore");
-    command
-        .args(["-p", "/dev/stdin"])
-        .stdin(Stdio::piped())
-        .stderr(Stdio::piped());
-    let mut child = command
-        .spawn()
-        .map_err(|error| format!("cannot start xl: {error}"))?;
-    let fed = feed(&mut child, reader);
-    let output = child
-        .wait_with_output()
-        .map_err(|error| format!("{name}: {error}"))?;
-    if output.status.success() && fed.is_ok() {
-        return Ok(());
+/// An 'xl restore' that builds one member.
+struct Builder {
+    name: String,
+    child: Child,
+    words: Words,
+    /// How feeding it ended; `None` while it's being fed.
+    fed: Option<Result<(), String>>,
+    status: Option<ExitStatus>,
+    /// What became of it was told.
+    told: bool,
+}
+
+impl Builder {
+    fn start(program: &Program, name: &str) -> io::Result<Self> {
+        let words = Words::new()?;
+        let child = program
+            .xl_command("restore")
+            .args(["-p", "/dev/stdin"])
+            .stdin(Stdio::piped())
+            .stderr(words.stdio(program)?)
+            .spawn()?;
+        Ok(Self {
+            name: name.to_owned(),
+            child,
+            words,
+            fed: Some(Ok(())),
+            status: None,
+            told: false,
+        })
     }
-    if let Err(why) = fed {
+
+    /// Tells once how it ended.
+    fn look(&mut self) -> Option<Result<(), String>> {
+        if self.told {
+            return None;
+        }
+        if self.status.is_none() {
+            match self.child.try_wait() {
+                Ok(status) => self.status = status,
+                Err(error) => {
+                    self.told = true;
+                    return Some(Err(format!("xl restore of '{}': {error}", self.name)));
+                }
+            }
+        }
+        let status = self.status?;
+        let fed = self.fed.clone()?;
+        self.told = true;
         // An image that can't be read; a pipe that xl closed is xl's story.
-        return Err(format!("{name}: {why}"));
+        if let Err(why) = fed {
+            return Some(Err(format!("{}: {why}", self.name)));
+        }
+        if status.success() {
+            return Some(Ok(()));
+        }
+        Some(Err(format!(
+            "xl restore of '{}': {status}\n  {}",
+            self.name,
+            self.words.last().join("\n  ")
+        )))
     }
-    let words = String::from_utf8_lossy(&output.stderr);
-    let lines: Vec<&str> = words.lines().collect();
-    let last = &lines[lines.len().saturating_sub(12)..];
-    Err(format!(
-        "xl restore of '{name}': {}\n  {}",
-        output.status,
-        last.join("\n  ")
-    ))
 }
 
-fn feed(child: &mut Child, reader: &MemberReader) -> Result<(), String> {
-    let Some(pipe) = child.stdin.take() else {
-        return Err(String::from("xl has no stdin"));
-    };
-    match reader.write_save_file(BufWriter::with_capacity(1 << 20, pipe), None) {
+/// The way to a builder's stdin.
+#[derive(Debug)]
+struct Pipe {
+    pipe: ChildStdin,
+    called_off: Arc<AtomicBool>,
+}
+
+impl Write for Pipe {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.called_off.load(Ordering::Relaxed) {
+            return Err(io::Error::other("called off"));
+        }
+        let length = bytes.len().min(WRITE_BYTES_MAX);
+        self.pipe.write(bytes.get(..length).unwrap_or(bytes))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.pipe.flush()
+    }
+}
+
+fn feed<S>(source: S, pipe: Pipe) -> Result<(), String>
+where
+    S: FnOnce(Pipe) -> Result<(), image::Error>,
+{
+    match source(pipe) {
         Err(image::Error::Stream {
             source: stream::Error::Write { source },
             ..
@@ -202,14 +396,166 @@ fn feed(child: &mut Child, reader: &MemberReader) -> Result<(), String> {
     }
 }
 
-fn destroy_all(program: &Program, names: &[String]) -> bool {
-    let mut gone = true;
-    for name in names {
-        let status = program.xl_command("destroy").arg(name).status();
-        if !status.is_ok_and(|status| status.success()) {
-            log::error!("cannot destroy '{name}'");
-            gone = false;
+fn interrupted() -> Error {
+    Error::Failed(String::from("interrupted"))
+}
+
+fn keep_first(kept: &mut Result<(), Error>, error: Error) {
+    if kept.is_ok() {
+        *kept = Err(error);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::Path;
+    use std::process::Command;
+
+    type TestResult<T = ()> = Result<T, Box<dyn std::error::Error>>;
+
+    /// What a program in place of xl builds, with two members, and a journal.
+    struct Lab {
+        dir: tempfile::TempDir,
+        program: Program,
+        journal: Journal,
+        built: Vec<String>,
+    }
+
+    impl Progress for Vec<String> {
+        fn building(&mut self, _members: &[&str]) {}
+        fn built(&mut self, member: &str) {
+            self.push(member.to_owned());
+        }
+        fn released(&mut self) {}
+    }
+
+    impl Lab {
+        /// `script` has the folder in `$dir`.
+        fn new(script: &str) -> TestResult<Self> {
+            let dir = tempfile::tempdir()?;
+            let xl = dir.path().join("xl");
+            let text = format!("#!/bin/sh\ndir={}\n{script}\n", dir.path().display());
+            // By another process: while one of ours is forked, a file that was
+            // open for writing can't be run.
+            let made = Command::new("sh")
+                .args(["-c", "printf %s \"$1\" > \"$0\"; chmod 700 \"$0\""])
+                .arg(&xl)
+                .arg(text)
+                .status()?;
+            assert!(made.success());
+            let record = Record {
+                vne: String::from("lab"),
+                pid: std::process::id(),
+                store: PathBuf::new(),
+                domains: Vec::new(),
+                workers: Vec::new(),
+                holds: Vec::new(),
+                restore: Some(RestoreStage::Building),
+            };
+            Ok(Self {
+                journal: Register::open(dir.path())?.enter(record)?,
+                program: Program { xl, verbosity: 0 },
+                dir,
+                built: Vec::new(),
+            })
+        }
+
+        /// Builds two members of so many MiB; `before` comes before the first byte.
+        fn build(
+            &mut self,
+            patience: Duration,
+            mib: u64,
+            before: impl Fn() + Clone + Send + 'static,
+            interrupt: impl FnOnce(Sender<Heard>),
+        ) -> TestResult<String> {
+            let member = |name: &str| {
+                let before = before.clone();
+                let source = move |mut pipe: Pipe| {
+                    before();
+                    // A failure shows at the other end.
+                    let _ = (0..mib).try_for_each(|_| pipe.write_all(&vec![7; 1 << 20]));
+                    Ok(())
+                };
+                (name.to_owned(), source)
+            };
+            let members = vec![member("a"), member("b")];
+            let (said, heard) = mpsc::channel();
+            interrupt(said.clone());
+            let mut builders = Builders::new(&self.program, patience);
+            let result = builders.build(&mut self.journal, members, (said, heard), &mut self.built);
+            assert!(builders.have_ended());
+            Ok(result
+                .err()
+                .map(|error| error.to_string())
+                .unwrap_or_default())
+        }
+
+        fn path(&self) -> &Path {
+            self.dir.path()
         }
     }
-    gone
+
+    const LONG: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn a_builder_that_complains_at_length_is_not_blocked() -> TestResult {
+        let mut lab = Lab::new("head -c 300000 /dev/zero >&2; cat >/dev/null")?;
+        assert_eq!(lab.build(LONG, 1, || {}, drop)?, "");
+        lab.built.sort();
+        assert_eq!(lab.built, ["a", "b"]);
+        Ok(())
+    }
+
+    #[test]
+    fn builders_are_in_the_journal_before_they_are_fed() -> TestResult {
+        let mut lab = Lab::new("echo $$ >>$dir/pids; cat >/dev/null")?;
+        let (folder, seen) = (lab.journal.folder().to_owned(), lab.path().join("seen"));
+        let copy = seen.clone();
+        let before = move || {
+            let _ = std::fs::copy(folder.join("journal.json"), &copy);
+        };
+        assert_eq!(lab.build(LONG, 1, before, drop)?, "");
+        let record: Record = serde_json::from_slice(&std::fs::read(&seen)?)?;
+        let mut known: Vec<_> = record.workers.iter().map(|w| w.pid.to_string()).collect();
+        let pids = std::fs::read_to_string(lab.path().join("pids"))?;
+        let mut pids: Vec<_> = pids.lines().collect();
+        known.sort();
+        pids.sort_unstable();
+        assert_eq!(known, pids);
+        assert!(record.workers.iter().all(|worker| worker.start_ticks > 0));
+        Ok(())
+    }
+
+    #[test]
+    fn an_interrupt_ends_the_save_files_and_waits_for_the_builders() -> TestResult {
+        // They stop reading, as when another one has xl's lock.
+        let script =
+            "head -c 1000 >/dev/null; sleep 0.3; cat >/dev/null; echo gone >>$dir/gone; exit 1";
+        let mut lab = Lab::new(script)?;
+        let interrupt = |said: Sender<Heard>| {
+            std::thread::spawn(move || {
+                std::thread::sleep(Duration::from_millis(100));
+                let _ = said.send(Heard::Interrupted);
+            });
+        };
+        assert_eq!(lab.build(LONG, u64::MAX, || {}, interrupt)?, "interrupted");
+        let gone = std::fs::read_to_string(lab.path().join("gone"))?;
+        assert_eq!(gone.lines().count(), 2);
+        assert!(lab.built.is_empty());
+        Ok(())
+    }
+
+    #[test]
+    fn one_that_fails_calls_the_others_off_and_is_quoted() -> TestResult {
+        let script = "if mkdir $dir/first 2>/dev/null; then echo no memory >&2; exit 3; fi\n\
+                      exec sleep 60";
+        let mut lab = Lab::new(script)?;
+        let told = lab.build(Duration::from_millis(200), 1, || {}, drop)?;
+        assert!(
+            told.contains("no memory") && told.contains("status: 3"),
+            "{told}"
+        );
+        Ok(())
+    }
 }

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use super::journal::{start_ticks, JournalProcess};
 use crate::domain::messages::{self, Event};
 
-/// What is shown of a worker's stderr to explain a failure.
+/// What is shown of a child's stderr to explain a failure.
 const LAST_WORDS_LINES_MAX: usize = 12;
 const LAST_WORDS_BYTES_MAX: usize = 8 << 10;
 
@@ -67,7 +67,7 @@ pub enum Heard {
 pub struct Worker {
     child: Child,
     socket: UnixStream,
-    words: File,
+    words: Words,
     /// Who it is, for the journal.
     pub process: JournalProcess,
 }
@@ -82,16 +82,11 @@ impl Worker {
         heard: Sender<Heard>,
     ) -> std::io::Result<Self> {
         let (ours, theirs) = UnixStream::pair()?;
-        let words = words_file()?;
-        let stderr = if program.verbosity > 1 {
-            Stdio::inherit()
-        } else {
-            Stdio::from(words.try_clone()?)
-        };
+        let words = Words::new()?;
         let child = program
             .command(&["capture", "--", domain])
             .stdin(Stdio::from(OwnedFd::from(theirs)))
-            .stderr(stderr)
+            .stderr(words.stdio(program)?)
             .spawn()?;
         let mut reader = BufReader::new(ours.try_clone()?);
         std::thread::spawn(move || {
@@ -103,15 +98,11 @@ impl Worker {
             }
             let _ = heard.send(Heard::Gone(index));
         });
-        let pid = child.id();
         Ok(Self {
+            process: journal_process(&child),
             child,
             socket: ours,
             words,
-            process: JournalProcess {
-                pid,
-                start_ticks: start_ticks(pid).unwrap_or_default(),
-            },
         })
     }
 
@@ -122,18 +113,7 @@ impl Worker {
 
     /// The last lines that it wrote to stderr.
     pub fn last_words(&self) -> Vec<String> {
-        let length = self.words.metadata().map_or(0, |facts| facts.len());
-        let mut tail = vec![0; LAST_WORDS_BYTES_MAX];
-        let from = length.saturating_sub(LAST_WORDS_BYTES_MAX as u64);
-        let read = self.words.read_at(&mut tail, from).unwrap_or(0);
-        tail.truncate(read);
-        let text = String::from_utf8_lossy(&tail);
-        let lines: Vec<&str> = text.lines().collect();
-        let last = lines.len().saturating_sub(LAST_WORDS_LINES_MAX);
-        lines[last..]
-            .iter()
-            .map(|line| (*line).to_owned())
-            .collect()
+        self.words.last()
     }
 
     /// Waits for it to end by itself until `deadline`, then kills it.
@@ -160,10 +140,50 @@ impl Worker {
     }
 }
 
-/// A file in memory for what a worker writes to stderr. Not a pipe: libxl's
-/// save helper would be ended by SIGPIPE, in the middle of a cut, if this
-/// process were killed.
-fn words_file() -> std::io::Result<File> {
-    let file = rustix::fs::memfd_create(c"vne-worker", rustix::fs::MemfdFlags::CLOEXEC)?;
-    Ok(File::from(file))
+/// A child that isn't waited for yet, as the journal knows it.
+pub(super) fn journal_process(child: &Child) -> JournalProcess {
+    let pid = child.id();
+    JournalProcess {
+        pid,
+        start_ticks: start_ticks(pid).unwrap_or_default(),
+    }
+}
+
+/// What a child writes to stderr, in a file in memory. Not a pipe: if this
+/// process were killed, SIGPIPE would end libxl's save helper in the middle of
+/// a cut, and 'xl restore' before it has destroyed what it has half built. Nor
+/// does a child have to wait until somebody reads it.
+#[derive(Debug)]
+pub(super) struct Words(File);
+
+impl Words {
+    pub(super) fn new() -> std::io::Result<Self> {
+        let file = rustix::fs::memfd_create(c"vne-words", rustix::fs::MemfdFlags::CLOEXEC)?;
+        Ok(Self(File::from(file)))
+    }
+
+    /// The child's stderr. With 'xl -vv' all of it is shown at once instead.
+    pub(super) fn stdio(&self, program: &Program) -> std::io::Result<Stdio> {
+        if program.verbosity > 1 {
+            Ok(Stdio::inherit())
+        } else {
+            Ok(Stdio::from(self.0.try_clone()?))
+        }
+    }
+
+    /// The last lines.
+    pub(super) fn last(&self) -> Vec<String> {
+        let length = self.0.metadata().map_or(0, |facts| facts.len());
+        let mut tail = vec![0; LAST_WORDS_BYTES_MAX];
+        let from = length.saturating_sub(LAST_WORDS_BYTES_MAX as u64);
+        let read = self.0.read_at(&mut tail, from).unwrap_or(0);
+        tail.truncate(read);
+        let text = String::from_utf8_lossy(&tail);
+        let lines: Vec<&str> = text.lines().collect();
+        let last = lines.len().saturating_sub(LAST_WORDS_LINES_MAX);
+        lines[last..]
+            .iter()
+            .map(|line| (*line).to_owned())
+            .collect()
+    }
 }
