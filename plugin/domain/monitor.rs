@@ -72,7 +72,11 @@ fn is_monitor(process: &Path, log: &str) -> bool {
     // A program that was replaced meanwhile shows as "xl (deleted)".
     let is_xl = link("exe")
         .and_then(|path| Some(path.file_name()?.to_str()?.to_owned()))
-        .is_some_and(|name| name.split(' ').next().is_some_and(|n| n.starts_with("xl")));
+        .is_some_and(|name| {
+            name.split(' ')
+                .next()
+                .is_some_and(|n| n == "xl" || n.starts_with("xl."))
+        });
     is_xl && link("fd/1").is_some_and(|path| path.to_string_lossy().ends_with(log))
 }
 

@@ -1,13 +1,14 @@
 //! A hold: one vif's outgoing frames wait in this dom0, none lost, in order.
 //!
 //! ```text
-//! vifD.N ingress ── matchall, mirred redirect ──► vnehD.N (ifb) ── plug ──► back to the vif's
-//!                   every protocol                                          normal way in
+//! vifD.N ingress ── nft fwd, every protocol ──► vnehD.N (ifb) ── plug ──► back to the vif's
+//!                                                                        normal way in
 //! ```
 //!
 //! Remus does the same for IPv4 alone; ARP and IPv6 would slip by. The link
 //! never goes down: that would purge the guest's neighbours and routes.
 //!
+//! Frames come back behind the hook that they left at, so they don't go round.
 //! A hold is built open ([`Hold::prepare`]), so that blocking and releasing
 //! are one netlink message each. It is kernel state that outlives this
 //! process, so a [`HoldRecord`] of it is written down before it is built.
@@ -16,22 +17,15 @@ use std::time::{Duration, Instant};
 
 use netlink_packet_core::{DefaultNla, NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
-use netlink_packet_route::tc::{
-    TcAction, TcActionAttribute, TcActionGeneric, TcActionMirrorOption, TcActionOption,
-    TcActionType, TcAttribute, TcFilterMatchAllOption, TcHandle, TcMessage, TcMirror,
-    TcMirrorActionType, TcOption, TcStats2,
-};
+use netlink_packet_route::tc::{TcAttribute, TcHandle, TcMessage, TcStats2};
 use netlink_packet_route::RouteNetlinkMessage;
 use serde::{Deserialize, Serialize};
 
-use super::{Error, Rtnl};
+use super::{Error, Nft, Rtnl};
 
 /// Names of our ifb devices start with this.
 pub const IFB_PREFIX: &str = "vneh";
 
-/// `ETH_P_ALL` in network byte order below a priority of 1: `tcm_info` of the
-/// filter (rtnetlink(7), `TC_H_MAKE`).
-const FILTER_INFO: u32 = (1 << 16) | (0x0003_u16.to_be() as u32);
 const TCA_OPTIONS: u16 = 2;
 /// How long a released queue may take to run empty before it's torn down.
 const DRAIN_MAX: Duration = Duration::from_secs(2);
@@ -69,20 +63,12 @@ impl HoldRecord {
         name_fits(&self.vif) && name_fits(&self.ifb) && self.ifb.starts_with(IFB_PREFIX)
     }
 
-    /// Lets go of what is held and removes every trace. What is already gone
-    /// is no error, so this can be repeated.
+    /// Lets go of what is held and removes the device. The redirect must be
+    /// gone already, with the [`Nft`] that it was made over. What is already
+    /// gone is no error, so this can be repeated.
     pub fn remove(&self, rtnl: &mut Rtnl) -> Result<(), Error> {
         if let Some(ifb_index) = index_of(&self.ifb) {
             absent_is_fine(plug(rtnl, &self.ifb, ifb_index, Plug::ReleaseIndefinite, 0))?;
-            wait_drained(rtnl, &self.ifb, ifb_index);
-            if let Some(vif_index) = index_of(&self.vif) {
-                // Only if the ifb is there: otherwise the ingress qdisc isn't ours.
-                absent_is_fine(rtnl.ack(
-                    &format!("remove the ingress qdisc of {}", self.vif),
-                    RouteNetlinkMessage::DelQueueDiscipline(ingress_message(vif_index)),
-                    0,
-                ))?;
-            }
             wait_drained(rtnl, &self.ifb, ifb_index);
             let mut link = LinkMessage::default();
             link.header.index = ifb_index;
@@ -117,12 +103,14 @@ pub struct Hold {
 
 impl Hold {
     /// Builds the hold open: frames take the way through it, and none waits.
-    pub fn prepare(rtnl: &mut Rtnl, record: &HoldRecord, limit_bytes: u32) -> Result<Self, Error> {
-        let vif_index = require_index(&record.vif)?;
-        if has_ingress(rtnl, vif_index)? {
-            return Err(Error::IngressTaken(record.vif.clone()));
-        }
-        match Self::build(rtnl, record, vif_index, limit_bytes) {
+    pub fn prepare(
+        rtnl: &mut Rtnl,
+        nft: &mut Nft,
+        record: &HoldRecord,
+        limit_bytes: u32,
+    ) -> Result<Self, Error> {
+        require_index(&record.vif)?;
+        match Self::build(rtnl, nft, record, limit_bytes) {
             Ok(hold) => Ok(hold),
             Err(error) => {
                 if let Err(undo) = record.remove(rtnl) {
@@ -135,8 +123,8 @@ impl Hold {
 
     fn build(
         rtnl: &mut Rtnl,
+        nft: &mut Nft,
         record: &HoldRecord,
-        vif_index: u32,
         limit_bytes: u32,
     ) -> Result<Self, Error> {
         let ifb = &record.ifb;
@@ -165,16 +153,7 @@ impl Hold {
         )?;
         plug(rtnl, ifb, ifb_index, Plug::ReleaseIndefinite, 0)?;
 
-        rtnl.ack(
-            &format!("add an ingress qdisc to {}", record.vif),
-            RouteNetlinkMessage::NewQueueDiscipline(ingress_message(vif_index)),
-            NLM_F_CREATE | NLM_F_EXCL,
-        )?;
-        rtnl.ack(
-            &format!("redirect {} to {ifb}", record.vif),
-            RouteNetlinkMessage::NewTrafficFilter(redirect_message(vif_index, ifb_index)),
-            NLM_F_CREATE | NLM_F_EXCL,
-        )?;
+        nft.redirect(ifb, &record.vif, ifb_index)?;
         Ok(Self {
             record: record.clone(),
             ifb_index,
@@ -221,7 +200,7 @@ impl Hold {
         })
     }
 
-    /// Releases and removes the hold.
+    /// Releases and removes the hold, after its redirect.
     pub fn remove(self, rtnl: &mut Rtnl) -> Result<(), Error> {
         self.record.remove(rtnl)
     }
@@ -275,48 +254,6 @@ fn plug_message(index: u32, action: Plug, limit_bytes: u32) -> TcMessage {
     message
 }
 
-fn ingress_message(vif_index: u32) -> TcMessage {
-    let mut message = TcMessage::with_index(vif_index as i32);
-    message.header.handle = TcHandle {
-        major: 0xffff,
-        minor: 0,
-    };
-    message.header.parent = TcHandle::INGRESS;
-    message.attributes = vec![TcAttribute::Kind("ingress".to_owned())];
-    message
-}
-
-fn redirect_message(vif_index: u32, ifb_index: u32) -> TcMessage {
-    let mut generic = TcActionGeneric::default();
-    generic.action = TcActionType::Stolen;
-    let mut mirror = TcMirror::default();
-    mirror.generic = generic;
-    mirror.eaction = TcMirrorActionType::EgressRedir;
-    mirror.ifindex = ifb_index;
-    let mut action = TcAction::default();
-    action.tab = 1;
-    action.attributes = vec![
-        TcActionAttribute::Kind("mirred".to_owned()),
-        TcActionAttribute::Options(vec![TcActionOption::Mirror(TcActionMirrorOption::Parms(
-            mirror,
-        ))]),
-    ];
-
-    let mut message = TcMessage::with_index(vif_index as i32);
-    message.header.parent = TcHandle {
-        major: 0xffff,
-        minor: 0,
-    };
-    message.header.info = FILTER_INFO;
-    message.attributes = vec![
-        TcAttribute::Kind("matchall".to_owned()),
-        TcAttribute::Options(vec![TcOption::MatchAll(TcFilterMatchAllOption::Action(
-            vec![action],
-        ))]),
-    ];
-    message
-}
-
 fn qdiscs(rtnl: &mut Rtnl, index: u32) -> Result<Vec<TcMessage>, Error> {
     let request = TcMessage::with_index(index as i32);
     let found = rtnl.dump(
@@ -334,12 +271,6 @@ fn qdiscs(rtnl: &mut Rtnl, index: u32) -> Result<Vec<TcMessage>, Error> {
             _ => None,
         })
         .collect())
-}
-
-fn has_ingress(rtnl: &mut Rtnl, vif_index: u32) -> Result<bool, Error> {
-    Ok(qdiscs(rtnl, vif_index)?
-        .iter()
-        .any(|qdisc| qdisc.header.parent == TcHandle::INGRESS))
 }
 
 fn counters(rtnl: &mut Rtnl, ifb: &str, index: u32) -> Result<HoldCounters, Error> {
@@ -387,7 +318,8 @@ fn wait_drained(rtnl: &mut Rtnl, ifb: &str, index: u32) {
 }
 
 /// Frames that have left the plug and haven't been handed on. An ifb counts
-/// as received what it is given to send, and as sent what it hands on.
+/// as received what it is given to send, as sent what it hands on, and as
+/// received and dropped what the host itself sends to it (IPv6 does, unasked).
 fn frames_in_ifb(rtnl: &mut Rtnl, ifb: &str, index: u32) -> Result<u64, Error> {
     let links = rtnl.dump(
         "list interfaces",
@@ -401,8 +333,8 @@ fn frames_in_ifb(rtnl: &mut Rtnl, ifb: &str, index: u32) -> Result<u64, Error> {
                 .into_iter()
                 .find_map(|attribute| match attribute {
                     LinkAttribute::Stats64(stats) => {
-                        let handed_on = stats.tx_packets + stats.tx_dropped;
-                        Some(stats.rx_packets.saturating_sub(handed_on))
+                        let gone = stats.tx_packets + stats.tx_dropped + stats.rx_dropped;
+                        Some(stats.rx_packets.saturating_sub(gone))
                     }
                     _ => None,
                 }),
@@ -420,13 +352,6 @@ mod tests {
         let mut bytes = vec![0; message.buffer_len()];
         message.emit(&mut bytes);
         bytes
-    }
-
-    #[test]
-    fn filter_takes_every_protocol_not_only_ipv4() {
-        let bytes = bytes(&redirect_message(7, 9));
-        // tcm_info: priority 1 above, ETH_P_ALL in network order below.
-        assert_eq!(&bytes[16..20], &[0x00, 0x03, 0x01, 0x00]);
     }
 
     #[test]

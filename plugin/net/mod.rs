@@ -1,9 +1,11 @@
 //! The members' network: holding their frames back while a cut is made.
 
 pub mod hold;
+mod nft;
 mod rtnl;
 
 pub use hold::{Hold, HoldCounters, HoldRecord};
+pub use nft::Nft;
 pub use rtnl::Rtnl;
 
 /// What can go wrong between us and the kernel's network.
@@ -24,12 +26,6 @@ pub enum Error {
         #[source]
         source: std::io::Error,
     },
-    /// The interface has a traffic control set-up of its own on ingress.
-    #[error(
-        "{0} already has an ingress or clsact qdisc; frames that are held would bypass its \
-         filters (remove it with 'tc qdisc del dev {0} ingress', or leave this domain out)"
-    )]
-    IngressTaken(String),
     /// Held frames were dropped: the queue was too small.
     #[error("{vif}: the hold queue of {limit_bytes} bytes overflowed, {dropped} frames dropped")]
     Overflow {
@@ -48,10 +44,6 @@ impl Error {
         let Error::Refused { source, .. } = self else {
             return false;
         };
-        // EINVAL: deleting an ingress qdisc from a device that has none.
-        matches!(
-            source.raw_os_error(),
-            Some(libc::ENODEV | libc::ENOENT | libc::EINVAL)
-        )
+        matches!(source.raw_os_error(), Some(libc::ENODEV | libc::ENOENT))
     }
 }

@@ -4,7 +4,7 @@
 use netlink_packet_core::{NetlinkMessage, NetlinkPayload, NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_sys::{protocols::NETLINK_ROUTE, Socket, SocketAddr};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::time::Duration;
 
 use super::Error;
@@ -13,6 +13,29 @@ use super::Error;
 const ANSWER_BYTES_MAX: usize = 64 << 20;
 /// The kernel answers at once; this only bounds a wait that should not be.
 const ANSWER_WAIT_MAX: Duration = Duration::from_secs(5);
+
+/// Bounds every wait for an answer on a netlink socket, which is open.
+pub(super) fn bound_waits(socket: RawFd) -> Result<(), Error> {
+    let wait = libc::timeval {
+        tv_sec: ANSWER_WAIT_MAX.as_secs() as libc::time_t,
+        tv_usec: 0,
+    };
+    // SAFETY: the descriptor is an open socket's, and the option's value is a
+    // timeval that outlives the call, passed with its size.
+    let r = unsafe {
+        libc::setsockopt(
+            socket,
+            libc::SOL_SOCKET,
+            libc::SO_RCVTIMEO,
+            std::ptr::from_ref(&wait).cast(),
+            std::mem::size_of_val(&wait) as libc::socklen_t,
+        )
+    };
+    match r {
+        0 => Ok(()),
+        _ => Err(Error::Socket(std::io::Error::last_os_error())),
+    }
+}
 
 /// A connection to the kernel's routing and traffic control tables.
 pub struct Rtnl {
@@ -28,24 +51,7 @@ impl Rtnl {
         socket
             .connect(&SocketAddr::new(0, 0))
             .map_err(Error::Socket)?;
-        let wait = libc::timeval {
-            tv_sec: ANSWER_WAIT_MAX.as_secs() as libc::time_t,
-            tv_usec: 0,
-        };
-        // SAFETY: the descriptor is the open socket's own, and the option's
-        // value is a timeval that outlives the call, passed with its size.
-        let r = unsafe {
-            libc::setsockopt(
-                socket.as_raw_fd(),
-                libc::SOL_SOCKET,
-                libc::SO_RCVTIMEO,
-                std::ptr::from_ref(&wait).cast(),
-                std::mem::size_of_val(&wait) as libc::socklen_t,
-            )
-        };
-        if r != 0 {
-            return Err(Error::Socket(std::io::Error::last_os_error()));
-        }
+        bound_waits(socket.as_raw_fd())?;
         Ok(Self {
             socket,
             sequence: 0,

@@ -16,7 +16,7 @@ use crate::domain::messages::{Command, CutTimes, Event};
 use crate::domain::policy::{PolicyConfig, Round};
 use crate::domain::DomainFacts;
 use crate::image::{self, Manifest, MemberImage, Store};
-use crate::net::{self, Hold, HoldRecord, Rtnl};
+use crate::net::{self, Hold, HoldRecord, Nft, Rtnl};
 use crate::sentence::sentence;
 
 /// A worker that was told to give up does so within this, or is killed.
@@ -123,6 +123,7 @@ pub fn take(
         members: Vec::new(),
         xen_version: String::new(),
         rtnl: None,
+        nft: None,
         holds: Vec::new(),
         journal: None,
         snapshot: None,
@@ -208,6 +209,8 @@ struct Run<'a> {
     members: Vec<Member>,
     xen_version: String,
     rtnl: Option<Rtnl>,
+    /// Owns the redirects into the holds.
+    nft: Option<Nft>,
     holds: Vec<Hold>,
     journal: Option<Journal>,
     snapshot: Option<image::Take>,
@@ -430,12 +433,12 @@ impl Run<'_> {
 
         let vne = image::Name::new(&self.request.vne)?;
         self.snapshot = Some(self.store.begin(&vne)?);
-        let mut rtnl = Rtnl::open()?;
+        let rtnl = self.rtnl.insert(Rtnl::open()?);
+        let nft = self.nft.insert(Nft::open()?);
         for hold in &planned {
-            let hold = Hold::prepare(&mut rtnl, hold, self.request.hold_bytes)?;
+            let hold = Hold::prepare(rtnl, nft, hold, self.request.hold_bytes)?;
             self.holds.push(hold);
         }
-        self.rtnl = Some(rtnl);
         Ok(())
     }
 
@@ -489,6 +492,7 @@ impl Run<'_> {
         for hold in &self.holds {
             hold.check_overflow(hold.counters(rtnl)?)?;
         }
+        self.nft = None;
         for hold in self.holds.drain(..) {
             hold.remove(rtnl)?;
         }
@@ -569,25 +573,32 @@ impl Run<'_> {
     }
 
     fn let_frames_go(&mut self) -> bool {
-        let mut gone = true;
-        if self.holds.is_empty() {
-            return gone;
-        }
         // A fresh socket: the old one may be what failed.
-        match Rtnl::open() {
+        let mut rtnl = Rtnl::open();
+        if let Ok(rtnl) = &mut rtnl {
+            // Before the redirects go: later frames must not overtake.
+            for hold in &self.holds {
+                if let Err(error) = hold.release(rtnl) {
+                    log::debug!("{}: {error}", hold.vif());
+                }
+            }
+        }
+        self.nft = None;
+        let mut gone = true;
+        let mut note = |vif: &str, result: Result<(), net::Error>| {
+            if let Err(error) = result {
+                log::error!("{vif}: {}", sentence(&error));
+                gone = false;
+            }
+        };
+        match rtnl {
             Ok(mut rtnl) => {
                 for hold in self.holds.drain(..) {
                     let vif = hold.vif().to_owned();
-                    if let Err(error) = hold.remove(&mut rtnl) {
-                        log::error!("{vif}: {}", sentence(&error));
-                        gone = false;
-                    }
+                    note(&vif, hold.remove(&mut rtnl));
                 }
             }
-            Err(error) => {
-                log::error!("{}", sentence(&error));
-                gone = false;
-            }
+            Err(error) => note("holds", Err(error)),
         }
         gone
     }

@@ -139,7 +139,7 @@ impl Vne {
     /// between any two tests.
     pub fn intact(&self) -> Result<()> {
         let left = self.sh(
-            "ip -br link | grep vneh; tc qdisc show | grep -E 'ingress|plug'; \
+            "ip -br link | grep vneh; tc qdisc show | grep plug; \
              ls -A /var/run/xen/vne | grep -v '^register$'; \
              ls -A /var/lib/xen-vne/tmp 2>/dev/null; ls -A /var/lib/xen | grep -v '^userdata'; \
              ps -eo args | grep -E '[v]ne-(worker|guard|save)|[l]ibxl-save-helper'; \
