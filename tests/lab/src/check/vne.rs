@@ -138,13 +138,11 @@ impl Vne {
     /// All members run, and nothing of a take is left in this dom0. True
     /// between any two tests.
     pub fn intact(&self) -> Result<()> {
-        let left = self.sh(
-            "ip -br link | grep vneh; tc qdisc show | grep plug; \
+        let left = self.sh("ip -br link | grep vneh; tc qdisc show | grep plug; \
              ls -A /var/run/xen/vne | grep -v '^register$'; \
              ls -A /var/lib/xen-vne/tmp 2>/dev/null; ls -A /var/lib/xen | grep -v '^userdata'; \
              ps -eo args | grep -E '[v]ne-(worker|guard|save)|[l]ibxl-save-helper'; \
-             xenstore-ls -f | grep -E 'control/shutdown = \"suspend\"'; true",
-        )?;
+             xenstore-ls -f | grep -E 'control/shutdown = \"suspend\"'; true")?;
         ensure!(left.is_empty(), "something is left:\n{left}");
         self.all_run()
     }
