@@ -10,13 +10,14 @@ use crate::cut::OnDivergence;
 use crate::image::Name;
 
 /// All keys; libxlutil can't tell what else there is.
-const KEYS: [&str; 6] = [
+const KEYS: [&str; 7] = [
     "members",
     "store",
     "hold_kib",
     "precopy_max",
     "last_copy_ms",
     "diverging",
+    "memory_only",
 ];
 
 /// What the file may say. What it doesn't say is `None`.
@@ -34,6 +35,8 @@ pub struct VneConfig {
     pub last_copy_ms: Option<u32>,
     /// What to do about members that don't converge.
     pub diverging: Option<OnDivergence>,
+    /// Whether to leave out what is on the members' disks.
+    pub memory_only: bool,
 }
 
 impl VneConfig {
@@ -89,6 +92,7 @@ impl VneConfig {
             precopy_max_s: config.number(c"precopy_max", 1, 86_400)?,
             last_copy_ms: config.number(c"last_copy_ms", 1, 60_000)?,
             diverging,
+            memory_only: config.number(c"memory_only", 0, 1)? == Some(1),
         })
     }
 }
@@ -139,7 +143,7 @@ mod tests {
 
     #[test]
     fn all_keys_are_read() -> Result<(), String> {
-        let values = ["[ \"a\" ]", "\"/x\"", "16", "1", "1", "\"go\""];
+        let values = ["[ \"a\" ]", "\"/x\"", "16", "1", "1", "\"go\"", "1"];
         let text: String = KEYS
             .iter()
             .zip(values)
@@ -149,6 +153,7 @@ mod tests {
         assert!(config.store.is_some() && config.hold_kib.is_some());
         assert!(config.precopy_max_s.is_some() && config.last_copy_ms.is_some());
         assert_eq!(config.diverging, Some(OnDivergence::Go));
+        assert!(config.memory_only);
         Ok(())
     }
 
@@ -164,6 +169,7 @@ mod tests {
             precopy_max_s: Some(30),
             last_copy_ms: Some(20),
             diverging: Some(OnDivergence::Go),
+            memory_only: false,
         };
         assert_eq!(config, expected);
         Ok(())

@@ -5,6 +5,7 @@ use std::io::{Read, Write};
 use std::path::Path;
 
 use super::{print, Failure, Host, SnapshotName, StoreArgument};
+use crate::image::Manifest;
 use crate::sidecar::restore::{self, Progress, RestoreRequest};
 use crate::stream::is_save_file;
 
@@ -81,11 +82,26 @@ pub fn run(host: &Host, arguments: &Arguments) -> Result<(), Failure> {
         program: host.program(),
         paused: arguments.paused,
     };
+    warn_of_disks(snapshot.manifest());
     let mut printer = Printer {
         quiet: arguments.quiet,
     };
     restore::restore(&request, &snapshot, &mut printer)?;
     Ok(())
+}
+
+/// What an admin said yes to at the take may be forgotten by now.
+fn warn_of_disks(manifest: &Manifest) {
+    for member in &manifest.members {
+        if !member.uncaptured_disks.is_empty() {
+            log::warn!(
+                "{} of {} aren't in the snapshot: they must be as they were at {}",
+                member.uncaptured_disks.join(", "),
+                member.name,
+                manifest.created
+            );
+        }
+    }
 }
 
 /// Says what this file is and what to do with it.

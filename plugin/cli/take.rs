@@ -56,6 +56,10 @@ pub struct Arguments {
     /// What to do when members don't converge in time [default: abort]
     #[arg(long, value_name = "WHAT")]
     diverging: Option<Diverging>,
+    /// Leave out what is on the members' disks, which this version can't
+    /// capture; without this, a member that can write to a disk is refused
+    #[arg(long)]
+    memory_only: bool,
     /// Size of each interface's queue for held frames, in KiB [default: 8192]
     #[arg(long, value_name = "KIB", value_parser = clap::value_parser!(u32).range(16..=1 << 20))]
     hold: Option<u32>,
@@ -152,6 +156,7 @@ fn request(host: &Host, arguments: &Arguments) -> Result<TakeRequest, Failure> {
         },
         hold_bytes: hold_kib.saturating_mul(1024),
         final_buffer_bytes: FINAL_BUFFER_BYTES,
+        memory_only: arguments.memory_only || config.memory_only,
     })
 }
 
@@ -179,17 +184,18 @@ fn plan(request: &TakeRequest, members: &[DomainFacts]) -> String {
         request.store.display()
     );
     text.push_str(&table(&rows));
-    if members
-        .iter()
-        .any(|member| member.disks.iter().any(|disk| disk.readwrite))
-    {
-        text.push_str(MEMORY_ONLY);
+    for member in members {
+        let disks = member.writable_disks();
+        if !disks.is_empty() {
+            text.push_str(&format!(
+                "Without {}'s {}: restore it with those disks as they are at the cut.\n",
+                member.name,
+                disks.join(", ")
+            ));
+        }
     }
     text
 }
-
-const MEMORY_ONLY: &str =
-    "Memory and devices only: this version doesn't capture what is on the members' disks.\n";
 
 fn or_dash(text: String) -> String {
     if text.is_empty() {

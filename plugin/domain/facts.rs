@@ -74,6 +74,12 @@ pub struct DomainFacts {
 }
 
 impl DomainFacts {
+    /// The guest's names for the disks that it can write to.
+    pub fn writable_disks(&self) -> Vec<String> {
+        let writable = self.disks.iter().filter(|disk| disk.readwrite);
+        writable.map(|disk| disk.vdev.clone()).collect()
+    }
+
     /// Reads the facts out of libxl's JSON. `domid` and `memory_kib` come from
     /// the hypervisor.
     pub fn from_config(domid: u32, memory_kib: u64, config_json: String) -> Result<Self, String> {

@@ -80,6 +80,8 @@ pub struct CutTimes {
     pub resumed_ns: u64,
     /// Pages sent while it was suspended.
     pub final_pages: u64,
+    /// Bytes of the member's stream, all rounds.
+    pub stream_bytes: u64,
 }
 
 /// Writes one message.

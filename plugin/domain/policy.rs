@@ -33,6 +33,9 @@ impl Default for PolicyConfig {
     }
 }
 
+/// A later round says something about the speed of copying from this size on.
+const SPEED_PAGES_MIN: u64 = 1024;
+
 /// What to do now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Step {
@@ -115,10 +118,16 @@ impl Policy {
     }
 
     fn learn(&mut self, round: Round) {
-        // The first round's speed is the best estimate that there is; later
-        // rounds are dominated by their fixed cost when they are small.
-        if round.iteration == 0 && round.pages > 0 {
-            self.per_page_ns = round.duration_ns as f64 / round.pages as f64;
+        // The best that was seen: a slow round says more about who else was
+        // busy than about this member. Small ones are mostly fixed cost.
+        if round.pages >= SPEED_PAGES_MIN || round.iteration == 0 {
+            let per_page_ns = round.duration_ns as f64 / round.pages.max(1) as f64;
+            self.per_page_ns = match round.iteration {
+                0 => per_page_ns,
+                _ => per_page_ns.min(self.per_page_ns),
+            };
+        }
+        if round.iteration == 0 {
             return;
         }
         let copy_ns = round.pages as f64 * self.per_page_ns;
@@ -187,6 +196,18 @@ mod tests {
         assert!(policy.converged());
         assert_eq!(round(&mut policy, &mut now, 3, 20_000), Step::Continue);
         assert!(!policy.converged());
+    }
+
+    #[test]
+    fn a_slow_first_round_is_not_held_against_a_member_for_ever() {
+        let mut policy = Policy::new(PolicyConfig::default());
+        policy.round_begins(0, 1_000, 0);
+        // 1 ms a page: 2,000 pages would take 2 s.
+        policy.round_ends(1_000 * MS);
+        let mut now = 1_000 * MS;
+        // They take 20 ms.
+        round(&mut policy, &mut now, 1, 2_000);
+        assert!(policy.converged());
     }
 
     #[test]

@@ -169,6 +169,8 @@ fn prepare_and_capture(
         // Called off, or a dry run: nothing was touched.
         return Ok(());
     };
+    let (socket, helper_end) = Socket::pair().map_err(|error| sentence(&error))?;
+    set_helper_environment(helpers, &helper_end);
     let orders = Arc::new(Orders {
         last: Mutex::new(Order::Precopy),
         changed: Condvar::new(),
@@ -180,7 +182,8 @@ fn prepare_and_capture(
     let member = Name::new(&facts.name).map_err(|error| sentence(&error))?;
     let writer =
         MemberWriter::create(&directory, &member, &options).map_err(|error| sentence(&error))?;
-    let (times, writer) = capture(xl, &facts, helpers, engine, &orders, policy, writer)?;
+    let helper = (socket, helper_end);
+    let (times, writer) = capture(xl, &facts, helper, engine, &orders, policy, writer)?;
     messages::send(engine, &Event::Cut(times)).map_err(|error| sentence(&error))?;
 
     if orders.wait_past_cut() == Order::Abort {
@@ -212,16 +215,13 @@ fn follow_orders(mut orders_in: BufReader<UnixStream>, orders: Arc<Orders>) {
 fn capture(
     xl: &Xl,
     facts: &DomainFacts,
-    helpers: &Helpers,
+    (socket, helper_end): (Socket, OwnedFd),
     engine: &UnixStream,
     orders: &Arc<Orders>,
     policy: PolicyConfig,
     writer: MemberWriter,
 ) -> Result<(CutTimes, MemberWriter), String> {
     let (stream_out, stream_in) = stream_pipe().map_err(|error| sentence(&error))?;
-    let (socket, helper_end) = Socket::pair().map_err(|error| sentence(&error))?;
-    set_helper_environment(helpers, &helper_end);
-
     let last_pages = LastPages {
         writer: writer.handle(),
         done_ns: Arc::default(),
@@ -259,7 +259,7 @@ fn capture(
 
     resumed?;
     // The reader's own failure is the cause of libxl's.
-    let writer = read?;
+    let (writer, stream_bytes) = read?;
     let asker = asked?;
     if let Err(error) = saved {
         return Err(if orders.now() == Order::Abort {
@@ -276,6 +276,7 @@ fn capture(
         final_pages: last_pages.writer.pages_final(),
         saved_ns,
         resumed_ns,
+        stream_bytes,
         ..asker.times
     };
     Ok((times, writer))
@@ -330,12 +331,16 @@ struct LastPages {
     done_ns: Arc<AtomicU64>,
 }
 
-fn spawn_reader(stream: OwnedFd, mut sink: Observed) -> JoinHandle<Result<MemberWriter, String>> {
+/// Reads the stream; what it comes to is the image, and how many bytes it was.
+fn spawn_reader(
+    stream: OwnedFd,
+    mut sink: Observed,
+) -> JoinHandle<Result<(MemberWriter, u64), String>> {
     std::thread::spawn(move || {
-        Ingest::new(std::fs::File::from(stream))
+        let read = Ingest::new(std::fs::File::from(stream))
             .run(&mut sink)
             .map_err(|error| sentence(&error))?;
-        Ok(sink.writer)
+        Ok((sink.writer, read.bytes))
     })
 }
 

@@ -95,6 +95,10 @@ pub struct Member {
     pub pages_final_dirty: u64,
     /// Bytes of the stream, all rounds.
     pub stream_bytes: u64,
+    /// The guest's names for the disks that it could write to and that aren't
+    /// in the snapshot.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub uncaptured_disks: Vec<String>,
     /// What is stored.
     pub image: MemberImage,
 }
@@ -267,6 +271,7 @@ pub(crate) mod tests {
             pages_sent: 70_000,
             pages_final_dirty: 160,
             stream_bytes: 300_000_000,
+            uncaptured_disks: Vec::new(),
             image: MemberImage {
                 stats: MemberStats::default(),
                 files: Vec::new(),

@@ -56,6 +56,17 @@ impl HoldRecord {
         }
     }
 
+    /// The record of the hold for the tap device through which the device model
+    /// sends what an HVM guest gives to its emulated card, if there is one.
+    pub fn of_emulated(domid: u32, devid: u32, vif: &str) -> Option<Self> {
+        let vif = format!("{vif}-emu");
+        index_of(&vif)?;
+        Some(Self {
+            vif,
+            ifb: format!("{IFB_PREFIX}{domid}.{devid}e"),
+        })
+    }
+
     /// Whether this can be a record of ours. Records are read back from a
     /// file, and taking a hold down deletes the devices that it names.
     pub fn is_plausible(&self) -> bool {

@@ -49,6 +49,9 @@ pub struct TakeRequest {
     pub hold_bytes: u32,
     /// How much of a member's last pages to keep in memory, in bytes.
     pub final_buffer_bytes: usize,
+    /// Whether members may have disks that they write to: those aren't
+    /// captured.
+    pub memory_only: bool,
 }
 
 /// Why there is no snapshot.
@@ -264,6 +267,9 @@ impl Run<'_> {
                 for action in actions {
                     if action == Action::Arm {
                         let facts = self.facts();
+                        if !self.request.memory_only {
+                            refuse_writable_disks(&facts)?;
+                        }
                         progress.planned(&facts);
                         if self.dry_run {
                             return Ok(Taken::Planned(facts));
@@ -374,8 +380,8 @@ impl Run<'_> {
                 Ok(None)
             }
             Action::Block => {
-                self.on_holds(Hold::block)?;
                 self.blocked_ns = now_ns();
+                self.on_holds(Hold::block)?;
                 Ok(Some(Input::Blocked))
             }
             Action::Cut => {
@@ -408,10 +414,12 @@ impl Run<'_> {
         let planned: Vec<HoldRecord> = facts
             .iter()
             .flat_map(|member| {
-                let hold = |vif: &crate::domain::Vif| {
-                    HoldRecord::new(member.domid, vif.devid, &vif.ifname)
+                let holds = |vif: &crate::domain::Vif| {
+                    let (domid, devid, name) = (member.domid, vif.devid, &vif.ifname);
+                    let emulated = HoldRecord::of_emulated(domid, devid, name);
+                    std::iter::once(HoldRecord::new(domid, devid, name)).chain(emulated)
                 };
-                member.vifs.iter().map(hold).collect::<Vec<_>>()
+                member.vifs.iter().flat_map(holds).collect::<Vec<_>>()
             })
             .collect();
         let record = Record {
@@ -667,6 +675,23 @@ fn recover(program: &Program, domains: &[JournalDomain]) -> bool {
             _ => return false,
         }
     }
+}
+
+/// A restored memory finds its disks as the guest left them later: a file
+/// system doesn't survive that. So it has to be asked for.
+fn refuse_writable_disks(members: &[DomainFacts]) -> Result<(), Error> {
+    for member in members {
+        let disks = member.writable_disks();
+        if !disks.is_empty() {
+            return Err(Error::Failed(format!(
+                "member '{}' can write to {}, and this version doesn't capture disks (if you put \
+                 them back yourself as they were, take its memory alone with --memory-only)",
+                member.name,
+                disks.join(", ")
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// The parts can't be larger than the members' memory; a few MiB are theirs.

@@ -54,7 +54,8 @@ pub fn member(
         rounds: u32::try_from(rounds.len() + 1).unwrap_or(u32::MAX),
         pages_sent: precopied + times.final_pages,
         pages_final_dirty: times.final_pages,
-        stream_bytes: image.stats.bytes_received,
+        stream_bytes: times.stream_bytes,
+        uncaptured_disks: facts.writable_disks(),
         image,
     })
 }
@@ -86,6 +87,7 @@ mod tests {
             saved_ns: 200,
             resumed_ns: 215,
             final_pages: 9,
+            stream_bytes: 0,
         };
         assert_eq!(downtime(&times).total_ns(), 115);
     }

@@ -118,6 +118,11 @@ enum LabVerb {
         /// The path here
         destination: PathBuf,
     },
+    /// Build the product and install it on a host
+    Install {
+        /// The host: 0, 1, …
+        host: usize,
+    },
     /// Start a guest and wait until it's ready
     Guest(GuestArgs),
     /// Print all that a guest's console, or without a name the host's own, said
@@ -224,6 +229,9 @@ fn lab_verb(verb: LabVerb) -> Result<ExitCode> {
             source,
             destination,
         } => Lab::attach()?.get(host, &source, &destination)?,
+        LabVerb::Install { host } => {
+            crate::product::install(&Lab::attach()?, host, &crate::product::stage()?)?;
+        }
         LabVerb::Guest(args) => guest(args)?,
         LabVerb::Console { host, name } => {
             let lab = Lab::attach()?;
