@@ -13,6 +13,7 @@
 //! are one netlink message each. It is kernel state that outlives this
 //! process, so a [`HoldRecord`] of it is written down before it is built.
 
+use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use netlink_packet_core::{DefaultNla, NLM_F_CREATE, NLM_F_EXCL};
@@ -29,6 +30,12 @@ pub const IFB_PREFIX: &str = "vneh";
 const TCA_OPTIONS: u16 = 2;
 /// How long a released queue may take to run empty before it's torn down.
 const DRAIN_MAX: Duration = Duration::from_secs(2);
+
+/// How long nothing must have come through a vif for its redirect to go.
+const QUIET_MIN: Duration = Duration::from_millis(2);
+/// How long to wait for that; frames flow meanwhile.
+const QUIET_WAIT_MAX: Duration = Duration::from_millis(500);
+const LOOK_INTERVAL: Duration = Duration::from_micros(500);
 
 /// `struct tc_plug_qopt` (linux/pkt_sched.h): what a plug qdisc can be told.
 #[derive(Clone, Copy)]
@@ -305,17 +312,59 @@ fn counters(rtnl: &mut Rtnl, ifb: &str, index: u32) -> Result<HoldCounters, Erro
         .ok_or_else(|| Error::Answer(format!("the counters of {ifb}")))
 }
 
+/// Removes the redirects of `holds`, which are released.
+///
+/// A frame that comes right after the redirect has gone could overtake one that
+/// is still on its way through the ifb, which a tasklet hands on after the batch
+/// that it came in. So each redirect goes when its vif has been quiet for a
+/// moment; one that never is loses its redirect all the same.
+pub fn remove_redirects(holds: &[Hold], rtnl: &mut Rtnl, mut nft: Nft) {
+    let start = Instant::now();
+    let mut waiting: Vec<_> = holds.iter().map(|hold| (hold, None, start)).collect();
+    while !waiting.is_empty() && start.elapsed() < QUIET_WAIT_MAX {
+        let traffic = match traffic(rtnl) {
+            Ok(traffic) => traffic,
+            Err(error) => {
+                log::debug!("{error}");
+                break;
+            }
+        };
+        let now = Instant::now();
+        waiting.retain_mut(|(hold, before, quiet_since)| {
+            let Some(seen) = traffic.get(&hold.ifb_index).copied() else {
+                return false;
+            };
+            if Some(seen.taken) != *before || seen.inside > 0 {
+                *before = Some(seen.taken);
+                *quiet_since = now;
+            }
+            if now.duration_since(*quiet_since) < QUIET_MIN {
+                return true;
+            }
+            if let Err(error) = nft.remove(&hold.record.ifb) {
+                log::debug!("{error}");
+            }
+            false
+        });
+        std::thread::sleep(LOOK_INTERVAL);
+    }
+    for (hold, ..) in waiting {
+        log::info!("{}: never quiet, frames may change places", hold.vif());
+    }
+    // Those that are left go with the socket that owns them.
+    drop(nft);
+}
+
 /// Deleting a device drops what is in it, so it has to be empty first: the
-/// plug, and the ifb's own queue behind it, from which a tasklet hands frames
-/// on whenever the processor gets round to it.
+/// plug, and the ifb's own queue behind it.
 fn wait_drained(rtnl: &mut Rtnl, ifb: &str, index: u32) {
     let start = Instant::now();
     while start.elapsed() < DRAIN_MAX {
         let plug = counters(rtnl, ifb, index).map(|counters| counters.queued_frames);
-        let behind = frames_in_ifb(rtnl, ifb, index);
+        let behind = traffic(rtnl).map(|all| all.get(&index).map_or(0, |seen| seen.inside));
         match (plug, behind) {
             (Ok(0), Ok(0)) => return,
-            (Ok(_), Ok(_)) => std::thread::sleep(Duration::from_millis(1)),
+            (Ok(_), Ok(_)) => std::thread::sleep(LOOK_INTERVAL),
             (Err(error), _) | (_, Err(error)) => {
                 log::debug!("{ifb}: {error}");
                 return;
@@ -328,30 +377,43 @@ fn wait_drained(rtnl: &mut Rtnl, ifb: &str, index: u32) {
     );
 }
 
-/// Frames that have left the plug and haven't been handed on. An ifb counts
-/// as received what it is given to send, as sent what it hands on, and as
-/// received and dropped what the host itself sends to it (IPv6 does, unasked).
-fn frames_in_ifb(rtnl: &mut Rtnl, ifb: &str, index: u32) -> Result<u64, Error> {
+/// What an interface has seen.
+#[derive(Debug, Clone, Copy)]
+struct Traffic {
+    /// Frames that an ifb was given, since it exists.
+    taken: u64,
+    /// Those of them that it hasn't handed on. An ifb counts as received what
+    /// it is given to send, as sent what it hands on, and as received and
+    /// dropped what the host itself sends to it (IPv6 does, unasked).
+    inside: u64,
+}
+
+/// All interfaces' traffic, by index.
+fn traffic(rtnl: &mut Rtnl) -> Result<HashMap<u32, Traffic>, Error> {
     let links = rtnl.dump(
         "list interfaces",
         RouteNetlinkMessage::GetLink(LinkMessage::default()),
     )?;
-    links
-        .into_iter()
-        .find_map(|message| match message {
-            RouteNetlinkMessage::NewLink(link) if link.header.index == index => link
-                .attributes
+    let seen = links.into_iter().filter_map(|message| match message {
+        RouteNetlinkMessage::NewLink(link) => {
+            let index = link.header.index;
+            link.attributes
                 .into_iter()
                 .find_map(|attribute| match attribute {
                     LinkAttribute::Stats64(stats) => {
                         let gone = stats.tx_packets + stats.tx_dropped + stats.rx_dropped;
-                        Some(stats.rx_packets.saturating_sub(gone))
+                        let traffic = Traffic {
+                            taken: stats.rx_packets,
+                            inside: stats.rx_packets.saturating_sub(gone),
+                        };
+                        Some((index, traffic))
                     }
                     _ => None,
-                }),
-            _ => None,
-        })
-        .ok_or_else(|| Error::Answer(format!("the counters of {ifb}")))
+                })
+        }
+        _ => None,
+    });
+    Ok(seen.collect())
 }
 
 #[cfg(test)]

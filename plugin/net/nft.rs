@@ -24,6 +24,7 @@ const SUBSYSTEM: u16 = 10;
 const BATCH_BEGIN: u16 = 0x10;
 const BATCH_END: u16 = 0x11;
 const NEW_TABLE: u16 = SUBSYSTEM << 8;
+const DELETE_TABLE: u16 = SUBSYSTEM << 8 | 2;
 const NEW_CHAIN: u16 = SUBSYSTEM << 8 | 3;
 const NEW_RULE: u16 = SUBSYSTEM << 8 | 6;
 const FAMILY_NETDEV: u8 = 5;
@@ -111,6 +112,13 @@ impl Nft {
                  'nft_fwd_netdev' there?)"
             ),
         )
+    }
+
+    /// Removes the redirect that was made under this name.
+    pub fn remove(&mut self, name: &str) -> Result<(), Error> {
+        let mut batch = self.batch();
+        batch.add(DELETE_TABLE, REQUEST | ACK, FAMILY_NETDEV, &string(1, name));
+        self.send(batch, &format!("remove the redirect to {name}"))
     }
 
     fn batch(&mut self) -> Batch {

@@ -500,7 +500,9 @@ impl Run<'_> {
         for hold in &self.holds {
             hold.check_overflow(hold.counters(rtnl)?)?;
         }
-        self.nft = None;
+        if let Some(nft) = self.nft.take() {
+            net::hold::remove_redirects(&self.holds, rtnl, nft);
+        }
         for hold in self.holds.drain(..) {
             hold.remove(rtnl)?;
         }
@@ -589,6 +591,9 @@ impl Run<'_> {
                 if let Err(error) = hold.release(rtnl) {
                     log::debug!("{}: {error}", hold.vif());
                 }
+            }
+            if let Some(nft) = self.nft.take() {
+                net::hold::remove_redirects(&self.holds, rtnl, nft);
             }
         }
         self.nft = None;

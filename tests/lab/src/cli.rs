@@ -22,7 +22,8 @@ enum Verb {
     Demo,
     /// Run all tests, those on real Xen included
     Test {
-        /// Only the lab tests, and only those whose names contain this
+        /// Only the lab tests, and only those whose names contain this (or one
+        /// of these, separated by commas)
         #[arg(long)]
         lab: Option<String>,
         /// Without those that need the lab

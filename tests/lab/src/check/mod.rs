@@ -93,13 +93,17 @@ impl Tally {
     }
 }
 
-/// Runs the tests of a flavour whose name contains `filter`.
+/// Runs the tests of a flavour whose name contains `filter`, or a part of it
+/// between commas.
 pub fn run(flavour: Flavour, filter: &str, tally: &mut Tally) -> Result<()> {
     let checks = match flavour {
         Flavour::Pv => PV,
         Flavour::Pvh => PVH,
     };
-    let chosen: Vec<&Check> = checks.iter().filter(|c| c.name.contains(filter)).collect();
+    let chosen: Vec<&Check> = checks
+        .iter()
+        .filter(|check| filter.split(',').any(|part| check.name.contains(part)))
+        .collect();
     if chosen.is_empty() {
         return Ok(());
     }

@@ -100,9 +100,14 @@ impl Vne {
         serde_json::from_str(&text).with_context(|| format!("{ip} said {text}"))
     }
 
+    /// What one of the stations tells.
+    pub fn station(&self, index: usize) -> Result<Value> {
+        self.ask(RING_IPS[index])
+    }
+
     /// What the stations tell, in the ring's order.
     pub fn stations(&self) -> Result<Vec<Value>> {
-        RING_IPS.iter().map(|ip| self.ask(ip)).collect()
+        (0..RING.len()).map(|index| self.station(index)).collect()
     }
 
     /// How many tokens the first station has seen.
@@ -147,8 +152,15 @@ impl Vne {
         self.all_run()
     }
 
-    /// All members run.
+    /// All members run, and each has the process of xl's that acts on its
+    /// `on_reboot` and the like.
     pub fn all_run(&self) -> Result<()> {
+        let monitors = self.sh("pgrep -fc '/xl (create|restore) '; true")?;
+        ensure!(
+            monitors.trim() == MEMBERS.split(' ').count().to_string(),
+            "there are {} monitors of xl's",
+            monitors.trim()
+        );
         let list = self.sh("xl list")?;
         for name in MEMBERS.split(' ') {
             let state = list
@@ -195,7 +207,12 @@ impl Vne {
              break; sleep 0.1; done; cat /tmp/sink.json /tmp/sink.err",
         )?;
         let result = result?;
-        Ok((result, serde_json::from_str(&heard).context(heard)?))
+        let mut heard: Value = serde_json::from_str(&heard).context(heard)?;
+        // Hundreds of lines that nobody reads in an error.
+        if let Some(all) = heard.as_object_mut() {
+            all.remove("gaps");
+        }
+        Ok((result, heard))
     }
 
     /// What somebody wants to see after a failure.
