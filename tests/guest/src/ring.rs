@@ -85,8 +85,15 @@ impl Station {
 
 /// See [`crate::workload::prepare`].
 pub fn prepare(line: &[String], status: &Status) -> Result<Run, String> {
-    let args = Args::parse(line, &["index", "peers", "hold-us"])?;
-    let hold = Duration::from_micros(args.or("hold-us", 1000)?);
+    let args = Args::parse(
+        line,
+        &["index", "peers", "hold-us", "rest-every", "rest-ms"],
+    )?;
+    let pace = Pace {
+        hold: Duration::from_micros(args.or("hold-us", 1000)?),
+        rest_every: args.or("rest-every", 0)?,
+        rest: Duration::from_millis(args.or("rest-ms", 0)?),
+    };
     let peers = Peers::open(&args, PORT)?;
     let station = status::shared(
         status,
@@ -98,10 +105,32 @@ pub fn prepare(line: &[String], status: &Status) -> Result<Run, String> {
         },
         Station::tell,
     );
-    Ok(Box::new(move || run(&peers, &station, hold)))
+    Ok(Box::new(move || run(&peers, &station, pace)))
 }
 
-fn run(peers: &Peers, station: &Arc<Mutex<Station>>, hold: Duration) -> Result<(), String> {
+/// How long a station keeps the token.
+///
+/// A snapshot holds frames for much longer than a station keeps the token, so
+/// that it would always be caught on its way; with a rest it is as often caught
+/// in a station's memory.
+#[derive(Clone, Copy, Debug)]
+struct Pace {
+    hold: Duration,
+    /// Each number that this divides is kept for `rest` instead; 0 for none.
+    rest_every: u64,
+    rest: Duration,
+}
+
+impl Pace {
+    fn of(&self, number: u64) -> Duration {
+        match number.checked_rem(self.rest_every) {
+            Some(0) => self.rest,
+            _ => self.hold,
+        }
+    }
+}
+
+fn run(peers: &Peers, station: &Arc<Mutex<Station>>, pace: Pace) -> Result<(), String> {
     if peers.index == 0 {
         gather(peers)?;
         pass(peers, station, 0);
@@ -124,8 +153,9 @@ fn run(peers: &Peers, station: &Arc<Mutex<Station>>, hold: Duration) -> Result<(
         }
         // A second token ends here; it's been counted.
         if verdict != Verdict::Past {
-            if !hold.is_zero() {
-                std::thread::sleep(hold);
+            let keep = pace.of(number);
+            if !keep.is_zero() {
+                std::thread::sleep(keep);
             }
             pass(peers, station, number + 1);
         }
@@ -177,6 +207,19 @@ mod tests {
             stations: 3,
             ..Station::default()
         }
+    }
+
+    #[test]
+    fn the_token_rests_where_it_should() {
+        let (hold, rest) = (Duration::ZERO, Duration::from_secs(1));
+        let pace = |rest_every| Pace {
+            hold,
+            rest_every,
+            rest,
+        };
+        assert_eq!(pace(32).of(64), rest);
+        assert_eq!(pace(32).of(65), hold);
+        assert_eq!(pace(0).of(64), hold);
     }
 
     #[test]

@@ -63,8 +63,8 @@ fn one(vne: &Vne, victim: &str, phase: &str) -> Result<()> {
         !told.contains("status 0"),
         "{victim} at {phase}: the take ended well: {told}"
     );
-    std::thread::sleep(Duration::from_secs(4));
-    vne.turning(Duration::from_secs(1)).map_err(context)?;
+    std::thread::sleep(Duration::from_secs(3));
+    vne.turning(Duration::from_secs(2)).map_err(context)?;
     vne.intact().map_err(context)?;
     let listed = vne.listed()?;
     ensure!(

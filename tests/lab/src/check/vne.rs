@@ -50,7 +50,8 @@ impl Vne {
         let peers = RING_IPS.join(",");
         let mut guests = Vec::new();
         for (index, (name, ip)) in RING.iter().zip(RING_IPS).enumerate() {
-            let line = format!("ring --index {index} --peers {peers}");
+            let line =
+                format!("ring --index {index} --peers {peers} --rest-every 32 --rest-ms 1000");
             guests.push((0, guest(name, ip, 500, &line)?));
         }
         let line = format!("stream --to 10.77.0.1:{STREAM_PORT} --interval-us 1000");
@@ -115,11 +116,12 @@ impl Vne {
         number(&self.ask(RING_IPS[0])?, "/ring/received")
     }
 
-    /// Waits until the token goes round.
+    /// Waits until the token has gone round three times. It rests for a second
+    /// in every eleventh round.
     pub fn turning(&self, limit: Duration) -> Result<()> {
         let start = Instant::now();
         let before = self.received()?;
-        while self.received()? < before + 10 {
+        while self.received()? < before + 3 {
             ensure!(
                 start.elapsed() < limit,
                 "the token doesn't go round: {:?}",
