@@ -33,7 +33,12 @@ enum Work {
     /// Clean up after all takes that were killed
     Sweep,
     /// Bring domains back to running, each given as DOMID=UUID
-    Recover { domains: Vec<String> },
+    Recover {
+        /// They may have been asked to suspend
+        #[arg(long)]
+        asked: bool,
+        domains: Vec<String>,
+    },
     /// Destroy domains that were built paused, each given as NAME=UUID
     Discard { domains: Vec<String> },
     /// Set domains running that were built paused
@@ -78,7 +83,7 @@ fn run(host: &Host, work: &Work) -> Result<(), Failure> {
             let program = host.program();
             Ok(register.sweep(|orphan| guard::clean_up(&host.xl, &program, orphan))?)
         }
-        Work::Recover { domains } => {
+        Work::Recover { asked, domains } => {
             let parse = |text: &'_ String| -> Option<(u32, String)> {
                 let (domid, uuid) = text.split_once('=')?;
                 Some((domid.parse().ok()?, uuid.to_owned()))
@@ -88,7 +93,7 @@ fn run(host: &Host, work: &Work) -> Result<(), Failure> {
                 .iter()
                 .map(|(id, uuid)| (*id, uuid.as_str()))
                 .collect();
-            Ok(recover_domains(&host.xl, &domains)?)
+            Ok(recover_domains(&host.xl, &domains, *asked)?)
         }
         Work::Discard { domains } => {
             let parse = |text: &String| {

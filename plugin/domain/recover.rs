@@ -13,22 +13,27 @@ const STOP_MAX: Duration = Duration::from_secs(3);
 const LOOK_INTERVAL: Duration = Duration::from_millis(10);
 
 /// Makes sure that the domain runs; see [`recover_domains`].
-pub fn recover_domain(xl: &Xl, domid: u32, uuid: &str) -> Result<(), Error> {
-    recover_domains(xl, &[(domid, uuid)])
+pub fn recover_domain(xl: &Xl, domid: u32, uuid: &str, asked: bool) -> Result<(), Error> {
+    recover_domains(xl, &[(domid, uuid)], asked)
 }
 
 /// Makes sure that the domains run, now and after a guest has acted on a
 /// suspend request that nobody waits for any more. A domain with another UUID
 /// has taken over the number: it's left alone. All are tried; the first error
 /// is returned.
-pub fn recover_domains(xl: &Xl, domains: &[(u32, &str)]) -> Result<(), Error> {
+///
+/// `asked` says whether they may have been asked to suspend. If not, there is
+/// nothing to wait for, and a request or a suspend that is found is somebody
+/// else's.
+pub fn recover_domains(xl: &Xl, domains: &[(u32, &str)], asked: bool) -> Result<(), Error> {
     let mut first_error = Ok(());
     let mut waiting = Vec::new();
     for &(domid, uuid) in domains {
         match xl.state(domid) {
             Ok(state) if state.uuid == uuid => waiting.push(Waiting {
                 domid,
-                withdrawn: withdraw(xl, domid),
+                asked,
+                withdrawn: asked && withdraw(xl, domid),
             }),
             Ok(_) | Err(Error::Gone(_)) => {}
             Err(error) => keep_first(&mut first_error, error),
@@ -53,6 +58,7 @@ pub fn recover_domains(xl: &Xl, domains: &[(u32, &str)]) -> Result<(), Error> {
 
 struct Waiting {
     domid: u32,
+    asked: bool,
     withdrawn: bool,
 }
 
@@ -63,10 +69,10 @@ impl Waiting {
             Err(Error::Gone(_)) => return Ok(true),
             other => other?,
         };
-        if state.suspended {
+        if self.asked && state.suspended {
             log::warn!("domain {}: was left suspended, resuming it", self.domid);
             xl.resume(self.domid)?;
-        } else if !self.withdrawn && !out_of_time {
+        } else if self.asked && !self.withdrawn && !out_of_time {
             return Ok(false);
         }
         if let Some(name) = xl.name(self.domid) {

@@ -12,7 +12,7 @@ use std::io::{self, BufReader};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -233,6 +233,7 @@ fn capture(
     };
     let reader = spawn_reader(stream_out, sink);
     let monitors = Arc::new(Monitors::find(&facts.name));
+    let asked = Arc::new(AtomicBool::new(false));
     let asker = Asker {
         monitors: Arc::clone(&monitors),
         socket,
@@ -241,13 +242,15 @@ fn capture(
         last_pages: last_pages.clone(),
         engine: engine.try_clone().map_err(|error| sentence(&error))?,
         times: CutTimes::default(),
+        asked: Arc::clone(&asked),
         stopped: false,
     };
     let asker = std::thread::spawn(move || asker.serve());
 
     let saved = xl.suspend_live(facts.domid, stream_in.as_fd());
     let saved_ns = now_ns();
-    let resumed = run_again(xl, facts, saved.is_ok());
+    let asked = asked.load(Ordering::Acquire);
+    let resumed = run_again(xl, facts, saved.is_ok(), asked);
     let resumed_ns = now_ns();
     monitors.let_go();
 
@@ -283,12 +286,12 @@ fn capture(
 }
 
 /// The guest runs when this returns, or there is an error to shout about.
-fn run_again(xl: &Xl, facts: &DomainFacts, saved: bool) -> Result<(), String> {
+fn run_again(xl: &Xl, facts: &DomainFacts, saved: bool, asked: bool) -> Result<(), String> {
     let result = if saved {
         xl.resume(facts.domid)
     } else {
         // The helper may have died between asking the guest and stopping it.
-        recover_domain(xl, facts.domid, &facts.uuid)
+        recover_domain(xl, facts.domid, &facts.uuid, asked)
     };
     result.map_err(|error| {
         format!(
@@ -418,6 +421,8 @@ struct Asker {
     last_pages: LastPages,
     engine: UnixStream,
     times: CutTimes,
+    /// The guest may have been asked to suspend.
+    asked: Arc<AtomicBool>,
     stopped: bool,
 }
 
@@ -436,6 +441,7 @@ impl Asker {
                 } => {
                     let decision = self.decide(iteration, dirty_pages, message.time_ns);
                     if decision == Decision::StopAndCopy {
+                        self.asked.store(true, Ordering::Release);
                         self.monitors.stop();
                         self.last_pages.writer.enter_final();
                     }

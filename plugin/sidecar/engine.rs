@@ -380,6 +380,10 @@ impl Run<'_> {
                 Ok(None)
             }
             Action::Block => {
+                // Out of the way of the cut itself.
+                if let Some(journal) = &mut self.journal {
+                    journal.update(|record| record.asked = true)?;
+                }
                 self.blocked_ns = now_ns();
                 self.on_holds(Hold::block)?;
                 Ok(Some(Input::Blocked))
@@ -427,6 +431,7 @@ impl Run<'_> {
             pid: std::process::id(),
             store: self.request.store.clone(),
             domains: facts.iter().map(JournalDomain::from).collect(),
+            asked: false,
             workers: self
                 .members
                 .iter()
@@ -571,7 +576,8 @@ impl Run<'_> {
             }
         }
         if self.journal.is_some() && !harmed.is_empty() {
-            undone &= recover(&self.request.program, &harmed);
+            let asked = self.journal.as_ref().is_some_and(|j| j.record().asked);
+            undone &= recover(&self.request.program, &harmed, asked);
         }
         // An uncommitted snapshot is removed with its handle.
         self.snapshot = None;
@@ -656,8 +662,12 @@ pub fn start_guard(program: &Program, journal: &Journal) -> Result<(), Error> {
 }
 
 /// Brings domains back whose worker was killed, in a process that has libxl.
-fn recover(program: &Program, domains: &[JournalDomain]) -> bool {
-    let mut arguments = vec![String::from("recover"), String::from("--")];
+fn recover(program: &Program, domains: &[JournalDomain], asked: bool) -> bool {
+    let mut arguments = vec![String::from("recover")];
+    if asked {
+        arguments.push(String::from("--asked"));
+    }
+    arguments.push(String::from("--"));
     for domain in domains {
         arguments.push(format!("{}={}", domain.domid, domain.uuid));
     }

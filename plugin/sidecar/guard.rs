@@ -66,7 +66,7 @@ pub fn clean_up(xl: &Xl, program: &Program, orphan: Orphan) {
                 .iter()
                 .map(|domain| (domain.domid, domain.uuid.as_str()))
                 .collect();
-            must(recover_domains(xl, &domains).map_err(|error| sentence(&error)));
+            must(recover_domains(xl, &domains, record.asked).map_err(|error| sentence(&error)));
             if let Err(error) = Store::open(&record.store).and_then(|store| store.clean_tmp()) {
                 // Half a snapshot is never listed; the next take tries again.
                 log::warn!("{}", sentence(&error));

@@ -82,8 +82,11 @@ pub struct Record {
     pub pid: u32,
     /// The store that it writes into.
     pub store: PathBuf,
-    /// The domains that it may have asked to suspend.
+    /// The domains that it captures or builds.
     pub domains: Vec<JournalDomain>,
+    /// Whether it may have asked them to suspend.
+    #[serde(default)]
+    pub asked: bool,
     /// Its workers; those of a restore are xl's.
     pub workers: Vec<JournalProcess>,
     /// The holds that it may have built.
@@ -414,6 +417,7 @@ mod tests {
             pid: std::process::id(),
             store: PathBuf::from("/nowhere"),
             domains: uuids.iter().map(domain).collect(),
+            asked: false,
             workers: Vec::new(),
             holds: vec![HoldRecord::new(1, 0, "vif1.0")],
             restore: None,

@@ -27,7 +27,8 @@ use std::process::ExitCode;
 const HELP: &str = "\
 vne-guest: workloads of the lab's guests
 
-  ring --index I --peers IP,IP,… [--hold-us N]      pass one token round
+  ring --index I --peers IP,IP,… [--hold-us N] [--rest-every N --rest-ms N]
+                                                    pass one token round
   mesh --index I --peers IP,IP,… [--interval-us N]  numbered datagrams, all to all
   stream --to IP:PORT [--interval-us N]             numbered datagrams to a sink
   tcp-server [--port P]                             verify a byte stream

@@ -73,9 +73,10 @@ fn measure(vne: &Vne) -> Result<String> {
 /// Runs a command and returns the longest pause meanwhile, and its output.
 fn pause_ms(vne: &Vne, command: &str) -> Result<(f64, String)> {
     let script = format!(
-        "vif=vif$(xl domid {GUEST}).0; \
-         tcpdump -i $vif -n -s 64 -w /tmp/pause.pcap udp port 9000 2>/dev/null & dump=$!; \
-         sleep 1.5; {command} > /tmp/pause.out 2>/tmp/pause.err; status=$?; sleep 1; \
+        "vif=vif$(xl domid {GUEST}).0; rm -f /tmp/pause.pcap; \
+         tcpdump -Z root -i $vif -n -s 64 -w /tmp/pause.pcap udp port 9000 2>/tmp/pause.err & \
+         dump=$!; \
+         sleep 1.5; {command} > /tmp/pause.out 2>>/tmp/pause.err; status=$?; sleep 1; \
          kill -INT $dump; wait $dump; test $status = 0 || cat /tmp/pause.err >&2; exit $status"
     );
     vne.sh(&script)?;

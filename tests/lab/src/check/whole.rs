@@ -112,7 +112,7 @@ fn restore(vne: &Vne, snapshot: &str) -> Result<u64> {
     let until = Instant::now() + Duration::from_secs(4);
     loop {
         let stations = vne.stations()?;
-        if received(&stations)? > first + 10 {
+        if received(&stations)? > first + 5 {
             vne.no_violations()?;
             return Ok(1);
         }
