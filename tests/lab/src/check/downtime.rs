@@ -35,11 +35,17 @@ fn measure(vne: &Vne) -> Result<String> {
     let mut ours = Vec::new();
     let mut reported = Vec::new();
     for _ in 0..ROUNDS {
-        floor.push(pause_ms(vne, &format!("measure floor {GUEST}"))?.0);
-        save.push(pause_ms(vne, &format!("xl save -c {GUEST} /root/measured.save"))?.0);
-        live.push(pause_ms(vne, &format!("measure live {GUEST} /root/measured.live"))?.0);
-        let (pause, manifest) = pause_ms(vne, &format!("xl vne-snapshot take --json one {GUEST}"))?;
-        ours.push(pause);
+        floor.push(pause_ms(vne, &format!("measure floor {GUEST}"))?);
+        save.push(pause_ms(
+            vne,
+            &format!("xl save -c {GUEST} /root/measured.save"),
+        )?);
+        live.push(pause_ms(
+            vne,
+            &format!("measure live {GUEST} /root/measured.live"),
+        )?);
+        ours.push(pause_ms(vne, TAKE)?);
+        let manifest = vne.sh("xl vne-snapshot show --json one")?;
         let manifest = serde_json::from_str(&manifest).context(manifest)?;
         reported.extend(downtimes_ms(&manifest));
         vne.sh("xl vne-snapshot remove one@latest; rm -f /root/measured.*")?;
@@ -70,16 +76,29 @@ fn measure(vne: &Vne) -> Result<String> {
     Ok(told)
 }
 
-/// Runs a command and returns the longest pause meanwhile, and its output.
-fn pause_ms(vne: &Vne, command: &str) -> Result<(f64, String)> {
+/// With the times at which the phases began.
+const TAKE: &str = "xl vne-snapshot take one measured 2>&1 | \
+     while read -r line; do echo \"$(date +%s.%N) $line\"; done";
+
+/// Runs a command and returns the longest pause meanwhile. Of one that tells
+/// when it cuts, only what overlaps the cut counts: guests are slower during
+/// pre-copy as well.
+fn pause_ms(vne: &Vne, command: &str) -> Result<f64> {
     let script = format!(
         "vif=vif$(xl domid {GUEST}).0; rm -f /tmp/pause.pcap; \
          tcpdump -Z root -i $vif -n -s 64 -w /tmp/pause.pcap udp port 9000 2>/tmp/pause.err & \
-         dump=$!; \
-         sleep 1.5; {command} > /tmp/pause.out 2>>/tmp/pause.err; status=$?; sleep 1; \
-         kill -INT $dump; wait $dump; test $status = 0 || cat /tmp/pause.err >&2; exit $status"
+         dump=$!; sleep 1.5; set -o pipefail; {{ {command}; }} > /tmp/pause.out 2>>/tmp/pause.err; \
+         status=$?; sleep 1; kill -INT $dump; wait $dump; \
+         test $status = 0 || cat /tmp/pause.out /tmp/pause.err >&2; exit $status"
     );
     vne.sh(&script)?;
+    let phases = vne.sh("cat /tmp/pause.out")?;
+    let began = |phase: &str| {
+        let mut lines = phases.lines().filter_map(|line| line.split_once(' '));
+        let (time, _) = lines.find(|(_, what)| *what == phase)?;
+        time.parse::<f64>().ok()
+    };
+    let cut = began("cut").unwrap_or(0.0)..began("release").unwrap_or(f64::INFINITY);
     let times = vne.sh("tcpdump -n -tt -r /tmp/pause.pcap 2>/dev/null | cut -d ' ' -f 1")?;
     let times: Vec<f64> = times.lines().filter_map(|line| line.parse().ok()).collect();
     ensure!(
@@ -89,9 +108,10 @@ fn pause_ms(vne: &Vne, command: &str) -> Result<(f64, String)> {
     );
     let pause = times
         .windows(2)
+        .filter(|pair| pair[1] > cut.start && pair[0] < cut.end)
         .map(|pair| pair[1] - pair[0])
         .fold(0.0, f64::max);
-    Ok((pause * 1e3, vne.sh("cat /tmp/pause.out")?))
+    Ok(pause * 1e3)
 }
 
 fn median(values: &[f64]) -> f64 {

@@ -142,6 +142,13 @@ impl Vne {
         Ok(())
     }
 
+    /// No frame waits anywhere.
+    pub fn no_hold(&self) -> Result<()> {
+        let held = self.sh("ip -br link | grep vneh; nft list tables 2>/dev/null; true")?;
+        ensure!(held.is_empty(), "a hold is left: {held}");
+        Ok(())
+    }
+
     /// All members run, and nothing of a take is left in this dom0. True
     /// between any two tests.
     pub fn intact(&self) -> Result<()> {

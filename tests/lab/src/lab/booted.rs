@@ -28,7 +28,7 @@ timeout 300 systemctl is-system-running --wait >/dev/null || {
     systemctl is-system-running | grep -qx degraded
 }
 modprobe -a xen-netback xen-blkback sch_plug ifb nf_tables nft_fwd_netdev
-xl sched-credit2 -d Domain-0 -w 4096
+xl sched-credit2 -d Domain-0 -w 512
 xl info >/dev/null
 xl list >/dev/null
 sync";
