@@ -53,6 +53,10 @@ const PV: &[Check] = &[
         run: failure::killed_at_each_phase,
     },
     Check {
+        name: "a_restore_that_is_ended_leaves_no_member",
+        run: failure::restore_is_all_or_none,
+    },
+    Check {
         name: "a_full_disk_fails_the_take_and_harms_nobody",
         run: failure::full_disk,
     },

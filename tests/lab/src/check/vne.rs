@@ -1,5 +1,5 @@
 //! The VNE under test: three stations that pass a token, and a fourth guest
-//! that sends a numbered datagram every millisecond.
+//! that sends a numbered datagram every two milliseconds.
 
 use std::time::{Duration, Instant};
 
@@ -54,7 +54,7 @@ impl Vne {
                 format!("ring --index {index} --peers {peers} --rest-every 8 --rest-ms 1000");
             guests.push((0, guest(name, ip, 500, &line)?));
         }
-        let line = format!("stream --to 10.77.0.1:{STREAM_PORT} --interval-us 1000");
+        let line = format!("stream --to 10.77.0.1:{STREAM_PORT} --interval-us 2000");
         guests.push((0, guest(STREAM, STREAM_IP, 500, &line)?));
         self.lab.guests(&guests)?;
         self.turning(Duration::from_secs(60))
@@ -144,7 +144,7 @@ impl Vne {
 
     /// No frame waits anywhere.
     pub fn no_hold(&self) -> Result<()> {
-        let held = self.sh("ip -br link | grep vneh; nft list tables 2>/dev/null; true")?;
+        let held = self.sh("ip -br link | grep vneh; nft list tables; true")?;
         ensure!(held.is_empty(), "a hold is left: {held}");
         Ok(())
     }
@@ -152,13 +152,27 @@ impl Vne {
     /// All members run, and nothing of a take is left in this dom0. True
     /// between any two tests.
     pub fn intact(&self) -> Result<()> {
-        let left = self.sh("ip -br link | grep vneh; tc qdisc show | grep plug; \
+        self.nothing_left()?;
+        self.all_run()
+    }
+
+    /// No member exists, and nothing of a restore is left in this dom0.
+    pub fn nothing_there(&self) -> Result<()> {
+        self.nothing_left()?;
+        let domains = self.sh("xl list | tail -n +3")?;
+        ensure!(domains.is_empty(), "there are domains:\n{domains}");
+        Ok(())
+    }
+
+    fn nothing_left(&self) -> Result<()> {
+        self.no_hold()?;
+        let left = self.sh("tc qdisc show | grep plug; \
              ls -A /var/run/xen/vne | grep -v '^register$'; \
              ls -A /var/lib/xen-vne/tmp 2>/dev/null; ls -A /var/lib/xen | grep -v '^userdata'; \
              ps -eo args | grep -E '[v]ne-(worker|guard|save)|[l]ibxl-save-helper'; \
              xenstore-ls -f | grep -E 'control/shutdown = \"suspend\"'; true")?;
         ensure!(left.is_empty(), "something is left:\n{left}");
-        self.all_run()
+        Ok(())
     }
 
     /// All members run, and each has the process of xl's that acts on its

@@ -49,7 +49,7 @@ fn in_a_row(vne: &Vne, count: usize) -> Result<String> {
     let holds = spread(taken.iter().map(|m| ms(&m["cut"]["hold_ns"])));
     Ok(format!(
         "  {count} snapshots of 4 members; downtime {downtimes}, skew {skews}, hold {holds}\n  \
-         {} datagrams at 1 ms: none missing, doubled or out of order; the token went round {} times",
+         {} datagrams at 2 ms: none missing, doubled or out of order; the token went round {} times",
         number(&heard, "/received")?,
         vne.received()? - before,
     ))

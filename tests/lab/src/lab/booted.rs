@@ -19,16 +19,17 @@ const SAVE_LIMIT: Duration = Duration::from_secs(300);
 /// Done once in dom0 before its state is kept: what would otherwise be slow
 /// or missing the first time.
 ///
-/// With equal weights two busy guests leave dom0 too little of the emulated
-/// processors to copy memory faster than they change it; hosts give their dom0
-/// more weight for the same reason.
+/// With equal weights busy guests leave dom0 too little of the emulated
+/// processors to copy memory faster than they change it, and even to answer:
+/// with four of them and twice their weight it was out of reach for minutes.
+/// Hosts give their dom0 more weight for the same reason.
 const SETTLE: &str = "set -e
 timeout 300 systemctl is-system-running --wait >/dev/null || {
     systemctl --failed --no-legend
     systemctl is-system-running | grep -qx degraded
 }
 modprobe -a xen-netback xen-blkback sch_plug ifb nf_tables nft_fwd_netdev
-xl sched-credit2 -d Domain-0 -w 512
+xl sched-credit2 -d Domain-0 -w 4096
 xl info >/dev/null
 xl list >/dev/null
 sync";

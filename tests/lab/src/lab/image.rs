@@ -23,6 +23,7 @@ const PACKAGES: &[&str] = &[
     "iproute2",
     "iputils-ping",
     "lvm2",
+    "nftables",
     "thin-provisioning-tools",
     "openssh-server",
     "openssh-client",
