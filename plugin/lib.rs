@@ -11,6 +11,7 @@ pub mod sidecar;
 pub mod stream;
 
 mod abi;
+mod random;
 mod sentence;
 
 /// The command that users type.

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use super::progress::Printer;
 use super::units::{bytes, table};
 use super::{config::VneConfig, print, print_json, Failure, Host, StoreArgument};
-use crate::cut::{Limits, OnDivergence};
+use crate::cut::{HostLimits, Limits, OnDivergence};
 use crate::domain::policy::PolicyConfig;
 use crate::domain::DomainFacts;
 use crate::image::{Name, Store};
@@ -17,6 +17,11 @@ const PREPARE_S: u64 = 30;
 /// Shorter than libxl's own 60 s, and than what peers of the guests put up
 /// with.
 const CUT_S: u64 = 10;
+/// Both sides are in one process here, so only a host that stands still for so
+/// long doesn't hear of itself.
+const LEASE_S: u64 = 60;
+/// Undoing includes waiting for guests and workers.
+const ABORT_S: u64 = 30;
 /// What passed the holds just before they closed is on its way through one
 /// bridge: that takes microseconds, and a busy host some milliseconds.
 const DRAIN_MS: u64 = 5;
@@ -145,7 +150,15 @@ fn request(host: &Host, arguments: &Arguments) -> Result<TakeRequest, Failure> {
             prepare_ns: seconds(PREPARE_S),
             precopy_ns: seconds(precopy_max.unwrap_or(PRECOPY_MAX_S).into()),
             drain_ns: DRAIN_MS * 1_000_000,
-            cut_ns: seconds(CUT_S),
+            hold_ns: seconds(CUT_S),
+            lease_ns: seconds(LEASE_S),
+            repeat_ns: seconds(1),
+            abort_ns: seconds(ABORT_S),
+        },
+        host_limits: HostLimits {
+            hold_ns: seconds(CUT_S),
+            lease_ns: seconds(LEASE_S),
+            ask_ns: seconds(1),
         },
         on_divergence: diverging
             .or(config.diverging)

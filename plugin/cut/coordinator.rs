@@ -1,6 +1,6 @@
 //! The coordinator's state machine.
 
-use super::Phase;
+use super::{mutated, FromHost, Order, Phase, Reply, Session, TakeId, ToHost};
 
 /// What to do about members that don't converge within the bound.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -14,42 +14,31 @@ pub enum OnDivergence {
 /// How long each phase may take, in ns.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// Until all members have answered.
+    /// Until all hosts have prepared.
     pub prepare_ns: u64,
     /// Until all members have converged.
     pub precopy_ns: u64,
     /// What the drain waits.
     pub drain_ns: u64,
-    /// From the order to cut until all members run again. Shorter than
+    /// From the order to hold until all frames have been let go. Shorter than
     /// libxl's own 60 s for a guest that doesn't answer.
-    pub cut_ns: u64,
+    pub hold_ns: u64,
+    /// How long nothing may be heard of a host before it's given up.
+    pub lease_ns: u64,
+    /// How often an order is repeated while it isn't answered.
+    pub repeat_ns: u64,
+    /// How long to wait for hosts to have undone an aborted take.
+    pub abort_ns: u64,
 }
 
 /// What happened.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Input {
-    /// A member exists and can be captured.
-    Prepared(usize),
-    /// Journal, guard and holds are in place.
-    Armed,
-    /// A member has sent a pre-copy round.
-    Round {
-        /// Which.
-        member: usize,
-        /// Whether what is left is little enough.
-        converged: bool,
-    },
-    /// All members' frames wait.
-    Blocked,
-    /// A member was cut and runs again.
-    Cut(usize),
-    /// All frames have been let go.
-    Released,
-    /// A member's part is stored.
-    Stored(usize),
-    /// The snapshot exists.
-    Committed,
-    /// Something failed: a member, the network, the store.
+    /// A host said something.
+    Heard(usize, FromHost),
+    /// The decision is durable: the snapshot exists.
+    Decided,
+    /// Something failed here.
     Failed(String),
     /// The user wants no more of it.
     Interrupted,
@@ -60,54 +49,76 @@ pub enum Input {
 /// What is to be done now.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Action {
-    /// Write the journal, start the guard, build the holds open.
-    Arm,
-    /// Tell all members to begin pre-copy.
-    StartPrecopy,
-    /// Block all holds.
-    Block,
-    /// Tell all members to suspend, save the rest and resume.
-    Cut,
-    /// Release all holds.
-    Release,
-    /// Tell all members to write their parts out.
-    Finalise,
-    /// Write the manifest and make the snapshot visible.
-    Commit,
-    /// Undo everything: frames go, guests run, nothing stays.
-    Abort(String),
+    /// Send this to a host.
+    Send(usize, ToHost),
+    /// Make the decision durable: then [`Input::Decided`], or [`Input::Failed`].
+    Decide,
 }
 
-#[derive(Debug, Clone, Copy, Default)]
-struct Member {
-    prepared: bool,
+#[derive(Debug, Clone, Copy)]
+struct Host {
+    session: Option<Session>,
+    /// It has answered the phase's order.
+    answered: bool,
     converged: bool,
-    cut: bool,
-    stored: bool,
+    heard_ns: u64,
 }
 
 /// Leads one take.
 #[derive(Debug)]
 pub struct Coordinator {
+    take: TakeId,
     phase: Phase,
-    members: Vec<Member>,
+    hosts: Vec<Host>,
     limits: Limits,
     on_divergence: OnDivergence,
     deadline_ns: Option<u64>,
+    repeat_at_ns: u64,
     diverged: bool,
+    /// The decision is durable, so that hosts may be told.
+    decided: bool,
+    why: Option<String>,
+    #[cfg(feature = "mutants")]
+    mutant: Option<super::Mutant>,
 }
 
 impl Coordinator {
-    /// A take of this many members, beginning now.
-    pub fn new(members: usize, limits: Limits, on_divergence: OnDivergence, now_ns: u64) -> Self {
-        Self {
+    /// Begins a take on this many hosts.
+    pub fn begin(
+        take: TakeId,
+        hosts: usize,
+        limits: Limits,
+        on_divergence: OnDivergence,
+        now_ns: u64,
+    ) -> (Self, Vec<Action>) {
+        let host = Host {
+            session: None,
+            answered: false,
+            converged: false,
+            heard_ns: now_ns,
+        };
+        let mut coordinator = Self {
+            take,
             phase: Phase::Prepare,
-            members: vec![Member::default(); members],
+            hosts: vec![host; hosts],
             limits,
             on_divergence,
-            deadline_ns: Some(now_ns.saturating_add(limits.prepare_ns)),
+            deadline_ns: None,
+            repeat_at_ns: now_ns,
             diverged: false,
-        }
+            decided: false,
+            why: None,
+            #[cfg(feature = "mutants")]
+            mutant: None,
+        };
+        let actions = coordinator.order(Phase::Prepare, now_ns, Some(limits.prepare_ns));
+        (coordinator, actions)
+    }
+
+    /// Breaks it.
+    #[cfg(feature = "mutants")]
+    pub fn mutate(&mut self, mutant: Option<super::Mutant>) {
+        self.mutant = mutant;
     }
 
     /// Where it stands.
@@ -115,9 +126,18 @@ impl Coordinator {
         self.phase
     }
 
+    /// The take.
+    pub fn take(&self) -> TakeId {
+        self.take
+    }
+
     /// When to come back with [`Input::Tick`] at the latest, in ns.
     pub fn deadline_ns(&self) -> Option<u64> {
-        self.deadline_ns
+        if self.phase.is_over() {
+            return None;
+        }
+        let repeat = self.repeat_at_ns;
+        Some(self.deadline_ns.map_or(repeat, |other| other.min(repeat)))
     }
 
     /// Whether the cut was made although not all members had converged.
@@ -125,242 +145,235 @@ impl Coordinator {
         self.diverged
     }
 
+    /// Why there is no snapshot.
+    pub fn why(&self) -> Option<&str> {
+        self.why.as_deref()
+    }
+
     /// Takes in what happened and says what to do.
     pub fn handle(&mut self, now_ns: u64, input: Input) -> Vec<Action> {
-        if matches!(self.phase, Phase::Done | Phase::Failed) {
+        if self.phase.is_over() {
             return Vec::new();
         }
-        let mark = match input {
-            Input::Failed(why) => return self.fail(why),
-            Input::Interrupted => return self.fail(String::from("interrupted")),
-            Input::Prepared(at) => self.members.get_mut(at).map(|m| m.prepared = true),
-            Input::Round { member, converged } => self
-                .members
-                .get_mut(member)
-                .map(|m| m.converged = converged),
-            Input::Cut(at) => self.members.get_mut(at).map(|m| m.cut = true),
-            Input::Stored(at) => self.members.get_mut(at).map(|m| m.stored = true),
-            Input::Armed => return self.confirmed(now_ns, Phase::Prepare),
-            Input::Blocked => return self.confirmed(now_ns, Phase::Hold),
-            Input::Released => return self.confirmed(now_ns, Phase::Release),
-            Input::Committed => return self.confirmed(now_ns, Phase::Commit),
-            Input::Tick => Some(()),
+        match input {
+            Input::Heard(host, message) => self.hear(now_ns, host, message),
+            Input::Decided if self.phase == Phase::Commit => {
+                self.decided = true;
+                self.order(Phase::Commit, now_ns, None)
+            }
+            Input::Decided => Vec::new(),
+            Input::Failed(why) if self.phase == Phase::Commit && !self.decided => {
+                // The decision itself: it wasn't made.
+                self.give_up(now_ns, why)
+            }
+            Input::Failed(why) => self.abort(now_ns, why),
+            Input::Interrupted => self.abort(now_ns, String::from("interrupted")),
+            Input::Tick => self.tick(now_ns),
+        }
+    }
+
+    fn hear(&mut self, now_ns: u64, index: usize, message: FromHost) -> Vec<Action> {
+        if message.take != self.take {
+            return Vec::new();
+        }
+        let Some(host) = self.hosts.get_mut(index) else {
+            return Vec::new();
         };
-        if mark.is_none() {
-            return self.fail(String::from("a message from a member that doesn't exist"));
+        // A host that knows nothing of the take names no session.
+        let ended = matches!(message.reply, Reply::Failed(_) | Reply::Aborted);
+        match (host.session, message.session) {
+            (None, Some(session)) if message.reply == Reply::Prepared => {
+                host.session = Some(session);
+            }
+            (None, Some(_)) | (Some(_), None) if ended => {}
+            (None, None) if ended => {}
+            (Some(known), Some(said)) if known == said => {}
+            // Late, of a session that is no more.
+            _ => return Vec::new(),
         }
-        self.advance(now_ns)
+        host.heard_ns = now_ns;
+        let answers = match message.reply {
+            Reply::Failed(why) => {
+                return self.abort(now_ns, why);
+            }
+            Reply::Converged(converged) => {
+                host.converged = converged;
+                return match self.phase {
+                    Phase::Precopy => self.precopied(now_ns),
+                    _ => Vec::new(),
+                };
+            }
+            Reply::Prepared => Phase::Prepare,
+            Reply::Held => Phase::Hold,
+            Reply::Cut => Phase::Cut,
+            Reply::Released => Phase::Release,
+            Reply::Stored => Phase::Finalise,
+            Reply::Committed => Phase::Commit,
+            Reply::Aborted => Phase::Abort,
+        };
+        if answers == Phase::Abort && self.phase != Phase::Abort {
+            return self.abort(now_ns, String::from("a host aborted"));
+        }
+        if answers != self.phase {
+            // Repeated: this was answered before.
+            return Vec::new();
+        }
+        host.answered = true;
+        let early = match self.phase {
+            Phase::Cut => mutated!(self, ReleaseEarly),
+            Phase::Finalise => mutated!(self, CommitEarly),
+            _ => false,
+        };
+        if early || self.hosts.iter().all(|host| host.answered) {
+            return self.all_answered(now_ns);
+        }
+        Vec::new()
     }
 
-    /// The engine has done what it was told in this phase.
-    fn confirmed(&mut self, now_ns: u64, phase: Phase) -> Vec<Action> {
-        if self.phase != phase {
-            return self.fail(format!("a confirmation for {phase} during {}", self.phase));
-        }
-        match phase {
-            Phase::Prepare => {
-                self.enter(Phase::Precopy, now_ns, Some(self.limits.precopy_ns));
-                vec![Action::StartPrecopy]
-            }
-            Phase::Hold => {
-                self.enter(Phase::Drain, now_ns, Some(self.limits.drain_ns));
-                Vec::new()
-            }
-            Phase::Release => {
-                self.enter(Phase::Finalise, now_ns, None);
-                vec![Action::Finalise]
-            }
-            _ => {
-                self.enter(Phase::Done, now_ns, None);
-                Vec::new()
-            }
-        }
-    }
-
-    fn advance(&mut self, now_ns: u64) -> Vec<Action> {
-        let late = self.deadline_ns.is_some_and(|deadline| now_ns >= deadline);
-        let all = |is: fn(&Member) -> bool| self.members.iter().all(is);
+    fn all_answered(&mut self, now_ns: u64) -> Vec<Action> {
         match self.phase {
-            // The deadline goes once armed for: building is bounded by itself.
-            Phase::Prepare if self.deadline_ns.is_some() && all(|m| m.prepared) => {
+            Phase::Prepare => self.order(Phase::Precopy, now_ns, Some(self.limits.precopy_ns)),
+            Phase::Hold => {
+                // The limit runs on, from the order to hold.
+                self.phase = Phase::Drain;
+                let drained_ns = now_ns.saturating_add(self.limits.drain_ns);
+                self.deadline_ns = Some(drained_ns);
+                Vec::new()
+            }
+            Phase::Cut => self.order(Phase::Release, now_ns, Some(self.limits.hold_ns)),
+            Phase::Release => self.order(Phase::Finalise, now_ns, None),
+            Phase::Finalise => {
+                self.phase = Phase::Commit;
                 self.deadline_ns = None;
-                vec![Action::Arm]
-            }
-            Phase::Prepare if late => self.fail(String::from("a member didn't answer in time")),
-            Phase::Precopy if all(|m| m.converged) => self.block(now_ns),
-            Phase::Precopy if late => match self.on_divergence {
-                OnDivergence::Go => {
-                    self.diverged = true;
-                    self.block(now_ns)
+                self.repeat_at_ns = now_ns.saturating_add(self.limits.repeat_ns);
+                for host in &mut self.hosts {
+                    host.answered = false;
                 }
-                OnDivergence::Abort => self.fail(self.divergence()),
-            },
-            Phase::Drain if late => {
-                self.enter(Phase::Cut, now_ns, Some(self.limits.cut_ns));
-                vec![Action::Cut]
+                vec![Action::Decide]
             }
-            Phase::Cut if all(|m| m.cut) => {
-                self.enter(Phase::Release, now_ns, None);
-                vec![Action::Release]
+            Phase::Commit => {
+                self.phase = Phase::Done;
+                Vec::new()
             }
-            Phase::Cut if late => self.fail(format!(
-                "a guest didn't suspend and resume within {} s",
-                self.limits.cut_ns / 1_000_000_000
-            )),
-            Phase::Finalise if all(|m| m.stored) => {
-                self.enter(Phase::Commit, now_ns, None);
-                vec![Action::Commit]
+            Phase::Abort => {
+                self.phase = Phase::Failed;
+                Vec::new()
             }
             _ => Vec::new(),
         }
     }
 
-    fn block(&mut self, now_ns: u64) -> Vec<Action> {
-        self.enter(Phase::Hold, now_ns, None);
-        vec![Action::Block]
+    fn precopied(&mut self, now_ns: u64) -> Vec<Action> {
+        if self.hosts.iter().all(|host| host.converged) {
+            return self.order(Phase::Hold, now_ns, Some(self.limits.hold_ns));
+        }
+        Vec::new()
     }
 
-    fn divergence(&self) -> String {
-        let count = self.members.iter().filter(|m| !m.converged).count();
-        format!(
-            "{count} of {} members did not converge within {} s: they change memory faster than \
-             it can be copied (try --precopy-max, --last-copy or --diverging go)",
-            self.members.len(),
-            self.limits.precopy_ns / 1_000_000_000
-        )
+    fn tick(&mut self, now_ns: u64) -> Vec<Action> {
+        if self.deadline_ns.is_some_and(|deadline| now_ns >= deadline) {
+            return self.late(now_ns);
+        }
+        if self.phase < Phase::Commit {
+            let lease_ns = self.limits.lease_ns;
+            let silent = self
+                .hosts
+                .iter()
+                .position(|host| now_ns >= host.heard_ns.saturating_add(lease_ns));
+            if let Some(host) = silent {
+                return self.abort(now_ns, format!("nothing is heard of host {host}"));
+            }
+        }
+        if now_ns < self.repeat_at_ns {
+            return Vec::new();
+        }
+        self.repeat_at_ns = now_ns.saturating_add(self.limits.repeat_ns);
+        match self.phase {
+            // Also those that have answered: it shows them that we live.
+            phase if phase < Phase::Commit => self.send_to(phase, |_| true),
+            Phase::Commit if !self.decided => Vec::new(),
+            Phase::Commit | Phase::Abort => self.send_to(self.phase, |host| !host.answered),
+            _ => Vec::new(),
+        }
     }
 
-    fn fail(&mut self, why: String) -> Vec<Action> {
-        self.phase = Phase::Failed;
-        self.deadline_ns = None;
-        vec![Action::Abort(why)]
+    fn late(&mut self, now_ns: u64) -> Vec<Action> {
+        let waiting = self.hosts.iter().filter(|host| !host.answered).count();
+        match self.phase {
+            Phase::Drain => self.order(Phase::Cut, now_ns, Some(self.limits.hold_ns)),
+            Phase::Precopy => match self.on_divergence {
+                OnDivergence::Go => {
+                    self.diverged = true;
+                    self.order(Phase::Hold, now_ns, Some(self.limits.hold_ns))
+                }
+                OnDivergence::Abort => {
+                    let why = format!(
+                        "not all members converged within {} s: they change memory faster than \
+                         it can be copied (try --precopy-max, --last-copy or --diverging go)",
+                        self.limits.precopy_ns / 1_000_000_000
+                    );
+                    self.abort(now_ns, why)
+                }
+            },
+            Phase::Abort => {
+                // They undo it by themselves, and know what to say to whoever
+                // asks.
+                self.phase = Phase::Failed;
+                Vec::new()
+            }
+            phase => self.abort(
+                now_ns,
+                format!("{waiting} hosts weren't done with {phase} in time"),
+            ),
+        }
     }
 
-    fn enter(&mut self, phase: Phase, now_ns: u64, limit_ns: Option<u64>) {
+    fn abort(&mut self, now_ns: u64, why: String) -> Vec<Action> {
+        match self.phase {
+            // What was decided stays decided.
+            Phase::Commit | Phase::Abort => Vec::new(),
+            _ => self.give_up(now_ns, why),
+        }
+    }
+
+    fn give_up(&mut self, now_ns: u64, why: String) -> Vec<Action> {
+        self.why = Some(why);
+        self.order(Phase::Abort, now_ns, Some(self.limits.abort_ns))
+    }
+
+    fn order(&mut self, phase: Phase, now_ns: u64, limit_ns: Option<u64>) -> Vec<Action> {
         self.phase = phase;
         self.deadline_ns = limit_ns.map(|limit| now_ns.saturating_add(limit));
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const LIMITS: Limits = Limits {
-        prepare_ns: 100,
-        precopy_ns: 1_000,
-        drain_ns: 10,
-        cut_ns: 50,
-    };
-
-    fn coordinator() -> Coordinator {
-        Coordinator::new(2, LIMITS, OnDivergence::Abort, 0)
-    }
-
-    fn round(member: usize, converged: bool) -> Input {
-        Input::Round { member, converged }
-    }
-
-    fn until_cut(c: &mut Coordinator) {
-        assert_eq!(c.handle(1, Input::Prepared(0)), []);
-        assert_eq!(c.handle(1, Input::Prepared(1)), [Action::Arm]);
-        assert_eq!(c.handle(2, Input::Armed), [Action::StartPrecopy]);
-        assert_eq!(c.handle(3, round(0, true)), []);
-        assert_eq!(c.handle(3, round(1, true)), [Action::Block]);
-        assert_eq!(c.handle(4, round(1, true)), []);
-        assert_eq!(c.handle(4, Input::Blocked), []);
-        assert_eq!(c.handle(13, Input::Tick), []);
-        assert_eq!(c.handle(14, Input::Tick), [Action::Cut]);
-    }
-
-    #[test]
-    fn a_take_goes_through_its_phases_in_order() {
-        let mut c = coordinator();
-        until_cut(&mut c);
-        assert_eq!(c.handle(20, Input::Cut(1)), []);
-        assert_eq!(c.handle(21, Input::Cut(0)), [Action::Release]);
-        assert_eq!(c.handle(22, Input::Released), [Action::Finalise]);
-        assert_eq!(c.handle(99, Input::Stored(0)), []);
-        assert_eq!(c.handle(99, Input::Stored(1)), [Action::Commit]);
-        assert_eq!(c.handle(99, Input::Committed), []);
-        assert_eq!(c.phase(), Phase::Done);
-    }
-
-    #[test]
-    fn a_member_that_diverges_again_is_waited_for() {
-        let mut c = coordinator();
-        c.handle(1, Input::Prepared(0));
-        c.handle(1, Input::Prepared(1));
-        c.handle(2, Input::Armed);
-        c.handle(3, round(0, true));
-        c.handle(4, round(0, false));
-        assert_eq!(c.handle(5, round(1, true)), []);
-        assert_eq!(c.handle(6, round(0, true)), [Action::Block]);
-    }
-
-    #[test]
-    fn frames_are_not_released_before_all_members_are_cut() {
-        let mut c = coordinator();
-        until_cut(&mut c);
-        assert_eq!(c.handle(20, Input::Cut(0)), []);
-        // Twice the same member is still one member.
-        assert_eq!(c.handle(20, Input::Cut(0)), []);
-        assert_eq!(c.phase(), Phase::Cut);
-    }
-
-    #[test]
-    fn a_guest_that_never_suspends_does_not_hold_the_network_for_ever() {
-        let mut c = coordinator();
-        until_cut(&mut c);
-        assert_eq!(c.deadline_ns(), Some(64));
-        assert!(matches!(c.handle(64, Input::Tick)[..], [Action::Abort(_)]));
-    }
-
-    #[test]
-    fn divergence_aborts_or_goes_as_asked() {
-        for (choice, expected) in [(OnDivergence::Go, true), (OnDivergence::Abort, false)] {
-            let mut c = Coordinator::new(1, LIMITS, choice, 0);
-            c.handle(1, Input::Prepared(0));
-            c.handle(2, Input::Armed);
-            let actions = c.handle(1_002, round(0, false));
-            assert_eq!(actions == [Action::Block], expected, "{actions:?}");
-            assert_eq!(c.diverged(), expected);
+        self.repeat_at_ns = now_ns.saturating_add(self.limits.repeat_ns);
+        for host in &mut self.hosts {
+            host.answered = false;
         }
+        self.send_to(phase, |_| true)
     }
 
-    #[test]
-    fn every_failure_aborts_once_and_nothing_follows() {
-        let inputs = [
-            Input::Failed(String::from("x")),
-            Input::Interrupted,
-            Input::Cut(7),
-        ];
-        for input in inputs {
-            let mut c = coordinator();
-            until_cut(&mut c);
-            assert!(matches!(c.handle(20, input)[..], [Action::Abort(_)]));
-            for late in [
-                Input::Cut(0),
-                Input::Cut(1),
-                Input::Interrupted,
-                Input::Tick,
-            ] {
-                assert_eq!(c.handle(9_999, late), []);
-            }
-            assert_eq!(c.phase(), Phase::Failed);
-        }
-    }
-
-    #[test]
-    fn nothing_is_committed_while_a_part_is_missing() {
-        let mut c = coordinator();
-        until_cut(&mut c);
-        c.handle(20, Input::Cut(0));
-        c.handle(20, Input::Cut(1));
-        // Stored before the release is confirmed changes nothing yet.
-        assert_eq!(c.handle(21, Input::Stored(0)), []);
-        c.handle(22, Input::Released);
-        assert_eq!(c.handle(23, Input::Stored(0)), []);
-        assert_eq!(c.phase(), Phase::Finalise);
+    fn send_to(&self, phase: Phase, whom: impl Fn(&Host) -> bool) -> Vec<Action> {
+        let order = match phase {
+            Phase::Prepare => Order::Prepare,
+            // Nothing new to say, but it shows them that we live.
+            Phase::Precopy => Order::Precopy,
+            Phase::Hold | Phase::Drain => Order::Hold,
+            Phase::Cut => Order::Cut,
+            Phase::Release => Order::Release,
+            Phase::Finalise => Order::Finalise,
+            Phase::Commit | Phase::Done => Order::Commit,
+            Phase::Abort | Phase::Failed => Order::Abort,
+        };
+        let hosts = self.hosts.iter().enumerate();
+        hosts
+            .filter(|(_, host)| whom(host))
+            .map(|(index, host)| {
+                let message = ToHost {
+                    take: self.take,
+                    session: host.session,
+                    order,
+                };
+                Action::Send(index, message)
+            })
+            .collect()
     }
 }

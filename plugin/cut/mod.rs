@@ -1,36 +1,78 @@
-//! The cut protocol: how all members of a VNE come to be captured at one
-//! consistent point. No I/O, no clock, no threads: events and time in, actions
-//! out.
+//! The cut protocol: how all members of a VNE, on any number of hosts, come to
+//! be captured at one consistent point. No I/O, no clock, no threads: events
+//! and time in, actions out.
+//!
+//! One [`Coordinator`] leads a take; one [`Host`] acts for it in each dom0 that
+//! has members, the coordinator's own included. A command on one host runs both
+//! in one process.
 //!
 //! ```text
-//!  engine                              coordinator                           engine
-//!  ──────                              ───────────                           ──────
-//!  Prepared(m), each        ─►  PREPARE ─► Arm: journal, guard, holds built open
-//!  Armed                    ─►  PRECOPY ─► StartPrecopy
-//!  Round(m, converged)      ─►     …       (until all have converged, or the bound)
-//!                               HOLD    ─► Block: every member's frames wait
-//!  Blocked                  ─►  DRAIN   ─► (a pause: what was on its way arrives)
-//!  time                     ─►  CUT     ─► Cut: all members at once
-//!  Cut(m), each             ─►  RELEASE ─► Release: frames go, in order
-//!  Released                 ─►  FINALISE ► Finalise: spill, hash, fsync
-//!  Stored(m), each          ─►  COMMIT  ─► Commit: the manifest, the rename
-//!  Committed                ─►  DONE
-//!  anything else            ─►  FAILED  ─► Abort, once
+//!  coordinator            every host                        its members
+//!  ───────────            ──────────                        ───────────
+//!  PREPARE   ─ prepare ─► lock, look, build holds open
+//!            ◄─ prepared (session)
+//!  PRECOPY   ─ precopy ─► start ──────────────────────────► pre-copy, then hover
+//!            ◄─ converged, each time that it changes
+//!  HOLD      ─ hold ────► block all holds; the deadline runs
+//!            ◄─ held
+//!  DRAIN     (a pause: what was on its way arrives)
+//!  CUT       ─ cut ─────► ────────────────────────────────► suspend, last pages, resume
+//!            ◄─ cut, when all have been
+//!  RELEASE   ─ release ─► let the frames go
+//!            ◄─ released, if they were held all the time
+//!  FINALISE  ─ finalise ► ────────────────────────────────► write out, sync
+//!            ◄─ stored: all of it is durable, and so is that it waits
+//!  COMMIT    decide: the manifest is durable. The snapshot exists.
+//!            ─ commit ──► make it visible
+//!            ◄─ committed
+//!  DONE
+//!  anything else: ABORT ─ abort ─► undo ─ aborted ─► FAILED
 //! ```
 //!
-//! Why the cut is consistent: from Block to Release no frame leaves any
-//! member, so nothing that was sent after its sender's cut can have been seen
-//! before its receiver's. The invariants, each of them a test below:
+//! # Invariants
 //!
-//! - Cut is never asked for before Block has been confirmed;
-//! - Release never before every member has been cut, except in Abort;
-//! - Commit never before every part is stored;
-//! - every phase in which guests or frames wait has a deadline;
-//! - a failure leads to exactly one Abort, and nothing follows it.
+//! Each is checked after every step by the simulator (`tests/sim`), which also
+//! shows that leaving out what ensures it gets noticed (the `Mutant` that the
+//! feature `mutants` compiles in).
+//!
+//! - **No orphan.** Of a snapshot that exists, no member has received a frame
+//!   that its sender sent after its own cut. From the last `held` to the first
+//!   `release` no frame leaves any member, and every cut lies between. A host
+//!   that had to let frames go by itself never says `released`, so that the
+//!   snapshot can't come to exist.
+//! - **Nobody stays suspended, nothing stays held.** A host doesn't wait for
+//!   its coordinator: from its `hold` on a deadline of its own runs, and when
+//!   nothing is heard for the lease, it undoes what it did.
+//! - **Listed if and only if whole.** The coordinator decides when every host
+//!   has said `stored`. A host that has said so keeps its part, unlisted, until
+//!   it hears how it was decided, and asks until then. What a coordinator
+//!   doesn't know to be committed is aborted (presumed abort).
+//! - **One cut at a time.** A member is locked by one take from prepare to the
+//!   end of the take on its host.
+//!
+//! # What the network may do
+//!
+//! Lose, repeat, delay and reorder messages. Orders are repeated until they are
+//! answered, and answered again when they come again. A host makes up a session
+//! for each take that it prepares, and hears only orders that name it: what was
+//! delayed since before it started anew means nothing to it.
+//!
+//! # Versions
+//!
+//! [`PROTOCOL`] is said with `prepare`. A host refuses a version that it doesn't
+//! know, and names those that it does. A message or field may be added within a
+//! version if a host that ignores it is still right; anything else is a new one.
 
 mod coordinator;
+mod host;
+mod messages;
+#[cfg(test)]
+mod tests;
+pub mod unattended;
 
 pub use coordinator::{Action, Coordinator, Input, Limits, OnDivergence};
+pub use host::{Host, HostAction, HostInput, HostLimits};
+pub use messages::{FromHost, Order, Reply, Session, TakeId, ToHost, PROTOCOL};
 
 use serde::{Deserialize, Serialize};
 
@@ -56,8 +98,17 @@ pub enum Phase {
     Commit,
     /// It exists.
     Done,
-    /// It doesn't, and nothing is left of it.
+    /// Undoing.
+    Abort,
+    /// It doesn't exist, and nothing is left of it.
     Failed,
+}
+
+impl Phase {
+    /// Whether nothing more will happen.
+    pub fn is_over(self) -> bool {
+        matches!(self, Self::Done | Self::Failed)
+    }
 }
 
 impl std::fmt::Display for Phase {
@@ -72,7 +123,51 @@ impl std::fmt::Display for Phase {
             Self::Finalise => "finalise",
             Self::Commit => "commit",
             Self::Done => "done",
+            Self::Abort => "abort",
             Self::Failed => "failed",
         })
     }
 }
+
+/// A way to break the protocol, for showing that the simulator notices.
+#[cfg(feature = "mutants")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mutant {
+    /// Cut without holding frames.
+    SkipHold,
+    /// Release when the first host has cut.
+    ReleaseEarly,
+    /// Decide when the first host has stored its part.
+    CommitEarly,
+    /// A host past its deadline waits on for its coordinator.
+    ResumeNever,
+    /// A host that let frames go by itself goes on as if it hadn't.
+    ForgetRelease,
+    /// A host aborts what it has said to have stored when it hears nothing.
+    GuessOutcome,
+}
+
+#[cfg(feature = "mutants")]
+impl Mutant {
+    /// All of them, with the names that `--mutant` takes.
+    pub const ALL: [(&'static str, Self); 6] = [
+        ("skip-hold", Self::SkipHold),
+        ("release-early", Self::ReleaseEarly),
+        ("commit-early", Self::CommitEarly),
+        ("resume-never", Self::ResumeNever),
+        ("forget-release", Self::ForgetRelease),
+        ("guess-outcome", Self::GuessOutcome),
+    ];
+}
+
+/// Whether the machine was built broken in this way. Never, in a product.
+macro_rules! mutated {
+    ($machine:expr, $mutant:ident) => {{
+        #[cfg(feature = "mutants")]
+        let broken = $machine.mutant == Some($crate::cut::Mutant::$mutant);
+        #[cfg(not(feature = "mutants"))]
+        let broken = false;
+        broken
+    }};
+}
+use mutated;

@@ -12,12 +12,11 @@
 //! Numbers are those of `linux/netfilter/nfnetlink.h` and `nf_tables.h`.
 
 use std::io;
-use std::os::fd::AsRawFd;
 
 use netlink_sys::protocols::NETLINK_NETFILTER;
-use netlink_sys::{Socket, SocketAddr};
+use netlink_sys::Socket;
 
-use super::rtnl::bound_waits;
+use super::rtnl::connect;
 use super::Error;
 
 const SUBSYSTEM: u16 = 10;
@@ -50,14 +49,8 @@ pub struct Nft {
 impl Nft {
     /// Opens the socket.
     pub fn open() -> Result<Self, Error> {
-        let mut socket = Socket::new(NETLINK_NETFILTER).map_err(Error::Socket)?;
-        socket.bind_auto().map_err(Error::Socket)?;
-        socket
-            .connect(&SocketAddr::new(0, 0))
-            .map_err(Error::Socket)?;
-        bound_waits(socket.as_raw_fd())?;
         Ok(Self {
-            socket,
+            socket: connect(NETLINK_NETFILTER)?,
             sequence: 0,
         })
     }

@@ -14,8 +14,18 @@ const ANSWER_BYTES_MAX: usize = 64 << 20;
 /// The kernel answers at once; this only bounds a wait that should not be.
 const ANSWER_WAIT_MAX: Duration = Duration::from_secs(5);
 
-/// Bounds every wait for an answer on a netlink socket, which is open.
-pub(super) fn bound_waits(socket: RawFd) -> Result<(), Error> {
+/// A socket to one of the kernel's netlink families, with every wait bounded.
+pub(super) fn connect(protocol: isize) -> Result<Socket, Error> {
+    let mut socket = Socket::new(protocol).map_err(Error::Socket)?;
+    socket.bind_auto().map_err(Error::Socket)?;
+    socket
+        .connect(&SocketAddr::new(0, 0))
+        .map_err(Error::Socket)?;
+    bound_waits(socket.as_raw_fd())?;
+    Ok(socket)
+}
+
+fn bound_waits(socket: RawFd) -> Result<(), Error> {
     let wait = libc::timeval {
         tv_sec: ANSWER_WAIT_MAX.as_secs() as libc::time_t,
         tv_usec: 0,
@@ -46,14 +56,8 @@ pub struct Rtnl {
 impl Rtnl {
     /// Opens the socket.
     pub fn open() -> Result<Self, Error> {
-        let mut socket = Socket::new(NETLINK_ROUTE).map_err(Error::Socket)?;
-        socket.bind_auto().map_err(Error::Socket)?;
-        socket
-            .connect(&SocketAddr::new(0, 0))
-            .map_err(Error::Socket)?;
-        bound_waits(socket.as_raw_fd())?;
         Ok(Self {
-            socket,
+            socket: connect(NETLINK_ROUTE)?,
             sequence: 0,
         })
     }

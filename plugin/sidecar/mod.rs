@@ -12,6 +12,7 @@ pub mod engine;
 pub mod guard;
 pub mod journal;
 pub mod manifest;
+mod part;
 pub mod restore;
 mod signals;
 mod workers;

@@ -13,9 +13,10 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::engine::{start_guard, sweep, Error};
+use super::engine::{sweep, Error};
 use super::guard::{BUILDER_END_MAX, KILLED_END_MAX};
 use super::journal::{Journal, JournalDomain, Record, Register, RestoreStage};
+use super::part::start_guard;
 use super::signals;
 use super::workers::{journal_process, Program, Words};
 use crate::image::{self, Name, Snapshot};
@@ -76,12 +77,7 @@ pub fn restore(
 
     let (said, heard) = mpsc::channel();
     let interrupted = said.clone();
-    signals::watch(move || interrupted.send(Heard::Interrupted).is_ok()).map_err(|source| {
-        Error::Start {
-            what: "watch for signals",
-            source,
-        }
-    })?;
+    signals::watch(move || interrupted.send(Heard::Interrupted).is_ok())?;
     let domain = |member: &crate::image::Member| JournalDomain {
         name: member.name.to_string(),
         domid: 0,

@@ -30,6 +30,18 @@ enum Verb {
         #[arg(long, conflicts_with = "lab")]
         no_lab: bool,
     },
+    /// Run the cut protocol through everything that can go wrong
+    Sim {
+        /// How many schedules: a million takes some minutes
+        #[arg(long, default_value_t = crate::test::SCHEDULES)]
+        schedules: u64,
+        /// The first one's seed
+        #[arg(long)]
+        seed: Option<u64>,
+        /// Break the protocol in this way, to see that it's noticed
+        #[arg(long)]
+        mutant: Option<String>,
+    },
     /// Build the product, laid out as it's installed
     Build,
     /// Real Xen hosts under QEMU
@@ -189,6 +201,11 @@ pub fn run() -> Result<ExitCode> {
     match Cli::parse().verb {
         Verb::Demo => crate::demo::run().map(|()| ExitCode::SUCCESS),
         Verb::Test { lab, no_lab } => crate::test::run(lab.as_deref(), no_lab),
+        Verb::Sim {
+            schedules,
+            seed,
+            mutant,
+        } => crate::test::simulate(schedules, seed, mutant.as_deref()),
         Verb::Build => {
             println!("{}", crate::product::stage()?.display());
             Ok(ExitCode::SUCCESS)

@@ -3,7 +3,7 @@
 use std::process::{Command, ExitCode};
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use crate::check::{self, Tally};
 use crate::lab::{self, Flavour};
@@ -27,6 +27,34 @@ pub fn run(lab: Option<&str>, no_lab: bool) -> Result<ExitCode> {
     })
 }
 
+/// Schedules of the cut protocol that are simulated with every run of all
+/// tests; a nightly run takes a million.
+pub const SCHEDULES: u64 = 300_000;
+
+fn simulator() -> Command {
+    let mut command = Command::new(env!("CARGO"));
+    command
+        .args(["run", "--quiet", "--release", "--package", "sim", "--"])
+        .current_dir(lab::workspace());
+    command
+}
+
+/// `cargo xtask sim`.
+pub fn simulate(schedules: u64, seed: Option<u64>, mutant: Option<&str>) -> Result<ExitCode> {
+    product::install_tools()?;
+    let mut command = simulator();
+    command.args(["--schedules", &schedules.to_string()]);
+    if let Some(seed) = seed {
+        command.args(["--seed", &seed.to_string()]);
+    }
+    if let Some(mutant) = mutant {
+        command.args(["--mutant", mutant]);
+    }
+    let status = command.status().context("cannot run cargo")?;
+    let code = status.code().and_then(|code| u8::try_from(code).ok());
+    Ok(ExitCode::from(code.unwrap_or(255)))
+}
+
 /// All that needs no lab.
 fn without_xen(tally: &mut Tally) -> Result<()> {
     product::install_tools()?;
@@ -39,6 +67,8 @@ fn without_xen(tally: &mut Tally) -> Result<()> {
     };
     let mut loader = Command::new(root.join("xl-ext/tests/run"));
     loader.arg(&source).current_dir(&root);
+    let mut simulation = simulator();
+    simulation.args(["--schedules", &SCHEDULES.to_string()]);
     let steps = [
         ("formatting", cargo(&["fmt", "--all", "--check"])),
         (
@@ -54,6 +84,7 @@ fn without_xen(tally: &mut Tally) -> Result<()> {
             ]),
         ),
         ("unit tests", cargo(&["test", "--quiet", "--workspace"])),
+        ("simulated schedules of the cut", simulation),
         ("plugin loader and ABI in C", loader),
     ];
     for (name, mut command) in steps {

@@ -1,0 +1,13 @@
+//! Numbers that nobody else has.
+
+use rustix::rand::{getrandom, GetRandomFlags};
+
+/// A random number, for names that must differ from all others.
+pub fn number() -> std::io::Result<u64> {
+    let mut bytes = [0; 8];
+    let mut filled = 0;
+    while let Some(rest) = bytes.get_mut(filled..).filter(|rest| !rest.is_empty()) {
+        filled += getrandom(rest, GetRandomFlags::empty())?;
+    }
+    Ok(u64::from_ne_bytes(bytes))
+}

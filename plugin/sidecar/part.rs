@@ -1,0 +1,531 @@
+//! This host's part of a take: starts workers, owns the holds, keeps the
+//! journal, and carries out what the protocol's host machine asks for.
+
+use std::process::Stdio;
+use std::sync::mpsc::Sender;
+use std::time::{Duration, Instant};
+
+use super::engine::{Error, Progress, TakeRequest};
+use super::journal::{Journal, JournalDomain, Record, Register};
+use super::workers::{Heard, Program, Worker};
+use crate::clock::now_ns;
+use crate::cut::{HostAction, HostInput};
+use crate::domain::messages::{Command, CutTimes, Event};
+use crate::domain::policy::Round;
+use crate::domain::DomainFacts;
+use crate::image::{self, Manifest, MemberImage, Store};
+use crate::net::{self, Hold, HoldRecord, Nft, Rtnl};
+use crate::sentence::sentence;
+
+/// A worker that was told to give up does so within this, or is killed.
+const WORKER_END_MAX: Duration = Duration::from_secs(2);
+/// Bringing domains back takes 3 s at most (`domain::recover`).
+const RECOVER_MAX: Duration = Duration::from_secs(10);
+
+struct Member {
+    worker: Worker,
+    facts: Option<DomainFacts>,
+    rounds: Vec<Round>,
+    times: Option<CutTimes>,
+    stored: Option<MemberImage>,
+    ended: bool,
+}
+
+/// One host's part of one take.
+pub(super) struct Part<'a> {
+    request: &'a TakeRequest,
+    register: Register,
+    store: Store,
+    members: Vec<Member>,
+    xen_version: String,
+    rtnl: Option<Rtnl>,
+    /// Owns the redirects into the holds.
+    nft: Option<Nft>,
+    holds: Vec<Hold>,
+    journal: Option<Journal>,
+    snapshot: Option<image::Take>,
+    blocked_ns: u64,
+    held_ns: u64,
+}
+
+impl<'a> Part<'a> {
+    /// A part of which nothing exists yet.
+    pub fn new(request: &'a TakeRequest, register: Register, store: Store) -> Self {
+        Self {
+            request,
+            register,
+            store,
+            members: Vec::new(),
+            xen_version: String::new(),
+            rtnl: None,
+            nft: None,
+            holds: Vec::new(),
+            journal: None,
+            snapshot: None,
+            blocked_ns: 0,
+            held_ns: 0,
+        }
+    }
+
+    /// Starts a worker for each member, to look at it.
+    pub fn start_workers(&mut self, said: &Sender<Heard>) -> Result<(), Error> {
+        for (index, name) in self.request.members.iter().enumerate() {
+            let worker = Worker::start(&self.request.program, index, name, said.clone()).map_err(
+                |source| Error::Start {
+                    what: "start a worker",
+                    source,
+                },
+            )?;
+            self.members.push(Member {
+                worker,
+                facts: None,
+                rounds: Vec::new(),
+                times: None,
+                stored: None,
+                ended: false,
+            });
+        }
+        Ok(())
+    }
+
+    /// What was seen of the members, once all have been looked at; refuses
+    /// what can't be captured.
+    pub fn looked_at(&self) -> Option<Result<Vec<DomainFacts>, Error>> {
+        if self.members.iter().any(|member| member.facts.is_none()) {
+            return None;
+        }
+        let facts = self.facts();
+        if !self.request.memory_only {
+            if let Err(error) = refuse_writable_disks(&facts) {
+                return Some(Err(error));
+            }
+        }
+        Some(Ok(facts))
+    }
+
+    /// Takes in what a worker said.
+    pub fn hear(
+        &mut self,
+        index: usize,
+        event: Event,
+        progress: &mut dyn Progress,
+    ) -> Option<HostInput> {
+        let member = self.members.get_mut(index)?;
+        match event {
+            Event::Prepared { facts, xen_version } => {
+                member.facts = Some(*facts);
+                self.xen_version = xen_version;
+                None
+            }
+            Event::Round { round, converged } => {
+                progress.round(index, round, converged);
+                member.rounds.push(round);
+                Some(HostInput::Round {
+                    member: index,
+                    converged,
+                })
+            }
+            Event::Cut(times) => {
+                progress.cut(index, &times);
+                member.times = Some(times);
+                Some(HostInput::Cut(index))
+            }
+            Event::Stored(image) => {
+                progress.stored(index);
+                member.stored = Some(*image);
+                Some(HostInput::Stored(index))
+            }
+            Event::Failed { why } => {
+                member.ended = true;
+                Some(HostInput::Failed(why))
+            }
+        }
+    }
+
+    /// A worker's socket was closed: fine once it has done its work.
+    pub fn gone(&mut self, index: usize) -> Option<HostInput> {
+        let member = self.members.get_mut(index)?;
+        if member.stored.is_some() || member.ended {
+            return None;
+        }
+        member.ended = true;
+        let status = member.worker.end(Instant::now() + WORKER_END_MAX);
+        let name = &self.request.members[index];
+        let mut why = match status {
+            Some(status) => format!("the worker of '{name}' ended early ({status})"),
+            None => format!("the worker of '{name}' is lost"),
+        };
+        for line in member.worker.last_words() {
+            why.push_str("\n  ");
+            why.push_str(&line);
+        }
+        Some(HostInput::Failed(why))
+    }
+
+    /// Carries out this host's part.
+    pub fn act(&mut self, action: &HostAction) -> Result<Option<HostInput>, Error> {
+        match action {
+            // Said by the engine; armed when the workers have looked.
+            HostAction::Say(_) | HostAction::Arm => Ok(None),
+            HostAction::StartPrecopy => {
+                self.start_precopy()?;
+                Ok(None)
+            }
+            HostAction::Block => {
+                // Out of the way of the cut itself.
+                if let Some(journal) = &mut self.journal {
+                    journal.update(|record| record.asked = true)?;
+                }
+                self.blocked_ns = now_ns();
+                self.on_holds(Hold::block)?;
+                Ok(Some(HostInput::Blocked))
+            }
+            HostAction::Cut => {
+                self.tell_all(&Command::Cut);
+                Ok(None)
+            }
+            HostAction::Release => {
+                self.on_holds(Hold::release)?;
+                self.held_ns = now_ns().saturating_sub(self.blocked_ns);
+                self.check_overflow()?;
+                Ok(Some(HostInput::Released))
+            }
+            HostAction::Finalise => {
+                self.take_holds_down()?;
+                self.tell_all(&Command::Finalise);
+                Ok(None)
+            }
+            // The decision is made here, by this process: nobody is to be
+            // asked for it.
+            HostAction::Vote => Ok(Some(HostInput::Voted)),
+            // The decision itself has made it visible.
+            HostAction::Commit => Ok(Some(HostInput::Committed)),
+            HostAction::Undo => {
+                self.undo();
+                Ok(Some(HostInput::Undone))
+            }
+        }
+    }
+
+    /// Builds everything that the cut needs, each thing after the journal
+    /// knows of it.
+    pub fn arm(&mut self) -> Result<(), Error> {
+        let facts = self.facts();
+        check_space(&self.request.store, &facts)?;
+        let planned: Vec<HoldRecord> = facts
+            .iter()
+            .flat_map(|member| {
+                let holds = |vif: &crate::domain::Vif| {
+                    let (domid, devid, name) = (member.domid, vif.devid, &vif.ifname);
+                    let emulated = HoldRecord::of_emulated(domid, devid, name);
+                    std::iter::once(HoldRecord::new(domid, devid, name)).chain(emulated)
+                };
+                member.vifs.iter().flat_map(holds).collect::<Vec<_>>()
+            })
+            .collect();
+        let record = Record {
+            vne: self.request.vne.clone(),
+            pid: std::process::id(),
+            store: self.request.store.clone(),
+            domains: facts.iter().map(JournalDomain::from).collect(),
+            asked: false,
+            workers: self
+                .members
+                .iter()
+                .map(|m| m.worker.process.clone())
+                .collect(),
+            holds: planned.clone(),
+            restore: None,
+        };
+        let journal = self.register.enter(record)?;
+        start_guard(&self.request.program, &journal)?;
+        self.journal = Some(journal);
+
+        let vne = image::Name::new(&self.request.vne)?;
+        self.snapshot = Some(self.store.begin(&vne)?);
+        let rtnl = self.rtnl.insert(Rtnl::open()?);
+        let nft = self.nft.insert(Nft::open()?);
+        for hold in &planned {
+            let hold = Hold::prepare(rtnl, nft, hold, self.request.hold_bytes)?;
+            self.holds.push(hold);
+        }
+        Ok(())
+    }
+
+    fn start_precopy(&mut self) -> Result<(), Error> {
+        let snapshot = self.snapshot.as_ref();
+        for member in &self.members {
+            let (Some(facts), Some(snapshot)) = (&member.facts, snapshot) else {
+                continue;
+            };
+            let order = Command::Precopy {
+                directory: snapshot.dir().to_owned(),
+                policy: self.request.policy,
+                final_buffer_bytes: self.request.final_buffer_bytes,
+            };
+            member.worker.tell(&order).map_err(|source| {
+                Error::Failed(format!(
+                    "the worker of '{}' doesn't listen: {source}",
+                    facts.name
+                ))
+            })?;
+        }
+        Ok(())
+    }
+
+    /// A worker that can't be told has ended, and is heard of as gone.
+    fn tell_all(&self, order: &Command) {
+        for member in &self.members {
+            if let Err(error) = member.worker.tell(order) {
+                log::debug!("worker {}: {error}", member.worker.process.pid);
+            }
+        }
+    }
+
+    fn on_holds(
+        &mut self,
+        what: impl Fn(&Hold, &mut Rtnl) -> Result<(), net::Error>,
+    ) -> Result<(), Error> {
+        if let Some(rtnl) = &mut self.rtnl {
+            for hold in &self.holds {
+                what(hold, rtnl)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// An overflow fails the snapshot: frames were lost.
+    fn check_overflow(&mut self) -> Result<(), Error> {
+        if let Some(rtnl) = &mut self.rtnl {
+            for hold in &self.holds {
+                hold.check_overflow(hold.counters(rtnl)?)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// After the release.
+    fn take_holds_down(&mut self) -> Result<(), Error> {
+        let Some(rtnl) = &mut self.rtnl else {
+            return Ok(());
+        };
+        if let Some(nft) = self.nft.take() {
+            net::hold::remove_redirects(&self.holds, rtnl, nft);
+        }
+        for hold in self.holds.drain(..) {
+            hold.remove(rtnl)?;
+        }
+        if let Some(journal) = &mut self.journal {
+            journal.update(|record| record.holds.clear())?;
+        }
+        Ok(())
+    }
+
+    /// Makes the snapshot exist.
+    pub fn commit(&mut self, diverged: bool) -> Result<Manifest, Error> {
+        let gone = || Error::Failed(String::from("the snapshot in the making is gone"));
+        let snapshot = self.snapshot.take().ok_or_else(gone)?;
+        let mut manifest = snapshot.manifest();
+        manifest.tool_version = env!("CARGO_PKG_VERSION").to_owned();
+        manifest.xen_version.clone_from(&self.xen_version);
+        manifest.host = rustix::system::uname()
+            .nodename()
+            .to_string_lossy()
+            .into_owned();
+        manifest.label.clone_from(&self.request.label);
+        manifest.cut = super::manifest::cut(&self.times(), self.held_ns);
+        if diverged {
+            log::warn!("cut although not all members had converged");
+        }
+        for member in &mut self.members {
+            let (Some(facts), Some(times), Some(image)) =
+                (&member.facts, &member.times, member.stored.take())
+            else {
+                return Err(gone());
+            };
+            let entry = super::manifest::member(facts, &member.rounds, times, image)?;
+            manifest.members.push(entry);
+            member.ended = true;
+        }
+        snapshot.commit(&manifest)?;
+        Ok(manifest)
+    }
+
+    fn times(&self) -> Vec<CutTimes> {
+        self.members
+            .iter()
+            .filter_map(|member| member.times)
+            .collect()
+    }
+
+    fn facts(&self) -> Vec<DomainFacts> {
+        self.members
+            .iter()
+            .filter_map(|member| member.facts.clone())
+            .collect()
+    }
+
+    /// Brings everything back to how it was, as far as something is left to
+    /// bring back. What can't be is left to the guard, with the journal.
+    pub fn undo(&mut self) {
+        let mut undone = self.let_frames_go();
+        self.tell_all(&Command::Abort);
+        let deadline = Instant::now() + WORKER_END_MAX;
+        let mut harmed = Vec::new();
+        for member in &mut self.members {
+            let status = member.worker.end(deadline);
+            let ended_well = status.is_some_and(|status| status.code().is_some());
+            if let (false, Some(facts)) = (ended_well, &member.facts) {
+                harmed.push(JournalDomain::from(facts));
+            }
+        }
+        if self.journal.is_some() && !harmed.is_empty() {
+            let asked = self.journal.as_ref().is_some_and(|j| j.record().asked);
+            undone &= recover(&self.request.program, &harmed, asked);
+        }
+        // An uncommitted snapshot is removed with its handle.
+        self.snapshot = None;
+        if undone {
+            if let Some(Err(error)) = self.journal.take().map(Journal::close) {
+                log::error!("{}", sentence(&error));
+            }
+        }
+    }
+
+    fn let_frames_go(&mut self) -> bool {
+        // A fresh socket: the old one may be what failed.
+        let mut rtnl = Rtnl::open();
+        if let Ok(rtnl) = &mut rtnl {
+            // Before the redirects go: later frames must not overtake.
+            for hold in &self.holds {
+                if let Err(error) = hold.release(rtnl) {
+                    log::debug!("{}: {error}", hold.vif());
+                }
+            }
+            if let Some(nft) = self.nft.take() {
+                net::hold::remove_redirects(&self.holds, rtnl, nft);
+            }
+        }
+        self.nft = None;
+        let mut gone = true;
+        let mut note = |vif: &str, result: Result<(), net::Error>| {
+            if let Err(error) = result {
+                log::error!("{vif}: {}", sentence(&error));
+                gone = false;
+            }
+        };
+        match rtnl {
+            Ok(mut rtnl) => {
+                for hold in self.holds.drain(..) {
+                    let vif = hold.vif().to_owned();
+                    note(&vif, hold.remove(&mut rtnl));
+                }
+            }
+            Err(error) => note("holds", Err(error)),
+        }
+        gone
+    }
+}
+
+impl From<&DomainFacts> for JournalDomain {
+    fn from(facts: &DomainFacts) -> Self {
+        Self {
+            name: facts.name.clone(),
+            domid: facts.domid,
+            uuid: facts.uuid.clone(),
+        }
+    }
+}
+
+impl From<net::Error> for Error {
+    fn from(error: net::Error) -> Self {
+        Self::Failed(sentence(&error))
+    }
+}
+
+/// Starts the guard of a journal and waits until it's there.
+pub fn start_guard(program: &Program, journal: &Journal) -> Result<(), Error> {
+    use std::io::Read;
+    let start = |source| Error::Start {
+        what: "start the guard",
+        source,
+    };
+    let folder = journal.folder().to_string_lossy().into_owned();
+    let mut child = program
+        .command(&["guard", "--", &folder])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::inherit())
+        .spawn()
+        .map_err(start)?;
+    let mut ready = [0; 1];
+    if let Some(mut pipe) = child.stdout.take() {
+        pipe.read_exact(&mut ready).map_err(start)?;
+    }
+    // It outlives this process or ends right after it: nobody waits for it.
+    Ok(())
+}
+
+/// Brings domains back whose worker was killed, in a process that has libxl.
+fn recover(program: &Program, domains: &[JournalDomain], asked: bool) -> bool {
+    let mut arguments = vec![String::from("recover")];
+    if asked {
+        arguments.push(String::from("--asked"));
+    }
+    arguments.push(String::from("--"));
+    for domain in domains {
+        arguments.push(format!("{}={}", domain.domid, domain.uuid));
+    }
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let child = program.command(&arguments).stderr(Stdio::inherit()).spawn();
+    let mut child = match child {
+        Ok(child) => child,
+        Err(error) => {
+            log::error!("cannot start the recovery: {error}");
+            return false;
+        }
+    };
+    let deadline = Instant::now() + RECOVER_MAX;
+    loop {
+        match child.try_wait() {
+            Ok(Some(status)) => return status.success(),
+            Ok(None) if Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            _ => return false,
+        }
+    }
+}
+
+/// A restored memory finds its disks as the guest left them later: a file
+/// system doesn't survive that. So it has to be asked for.
+fn refuse_writable_disks(members: &[DomainFacts]) -> Result<(), Error> {
+    for member in members {
+        let disks = member.writable_disks();
+        if !disks.is_empty() {
+            return Err(Error::Failed(format!(
+                "member '{}' can write to {}, and this version doesn't capture disks (if you put \
+                 them back yourself as they were, take its memory alone with --memory-only)",
+                member.name,
+                disks.join(", ")
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// The parts can't be larger than the members' memory; a few MiB are theirs.
+fn check_space(store: &std::path::Path, members: &[DomainFacts]) -> Result<(), Error> {
+    const OVERHEAD_KIB: u64 = 4 << 10;
+    let needed_kib: u64 = members.iter().map(|m| m.memory_kib + OVERHEAD_KIB).sum();
+    let free_kib = image::free_bytes(store)? >> 10;
+    if free_kib >= needed_kib {
+        return Ok(());
+    }
+    Err(Error::Failed(format!(
+        "not enough space in {}: {} MiB are free, up to {} MiB may be needed (remove snapshots \
+         with 'xl vne-snapshot remove', or set another 'store')",
+        store.display(),
+        free_kib >> 10,
+        needed_kib >> 10
+    )))
+}
