@@ -994,6 +994,9 @@ impl World {
                 let heard = std::mem::take(&mut self.nodes[node].heard);
                 for (index, wire) in heard.into_iter().take(200).enumerate() {
                     let at_ns = self.now_ns + gap_ns * (index as u64 + 1);
+                    if at_ns > MENDED_NS {
+                        break;
+                    }
                     self.at(at_ns, Event::Arrive { node, wire });
                 }
             }
