@@ -2,10 +2,11 @@
 //! starts workers, owns the holds, keeps the journal, and cleans up.
 //!
 //! ```text
-//!  take ──► engine ──► worker (one per member)
-//!             │  └───► holds (netlink)
-//!             ├── journal: what would have to be undone
-//!             └── guard: a process that undoes it should this one be killed
+//!  take ──► engine: leads ──► part: this host's ──► worker (one per member)
+//!                               │  │  └───────────► holds (netlink)
+//!                               │  └ journal: what would have to be undone
+//!                               └─── guard: a process that undoes it should
+//!                                    this one be killed
 //! ```
 
 pub mod engine;

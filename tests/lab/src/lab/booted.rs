@@ -23,6 +23,12 @@ const SAVE_LIMIT: Duration = Duration::from_secs(300);
 /// processors to copy memory faster than they change it, and even to answer:
 /// with four of them and twice their weight it was out of reach for minutes.
 /// Hosts give their dom0 more weight for the same reason.
+///
+/// The nftables chain on `lo` does nothing, but while there is one the kernel's
+/// static key for ingress hooks stays on. Switching it patches code that other
+/// processors run, and the emulator may go on executing the breakpoint that
+/// stands there meanwhile: a processor of dom0 then hangs for ever at the first
+/// branch of `__netif_receive_skb_core`.
 const SETTLE: &str = "set -e
 timeout 300 systemctl is-system-running --wait >/dev/null || {
     systemctl --failed --no-legend
@@ -30,6 +36,8 @@ timeout 300 systemctl is-system-running --wait >/dev/null || {
 }
 modprobe -a xen-netback xen-blkback sch_plug ifb nf_tables nft_fwd_netdev
 xl sched-credit2 -d Domain-0 -w 4096
+nft add table netdev lab
+nft add chain netdev lab keep '{ type filter hook ingress device lo priority 0; }'
 xl info >/dev/null
 xl list >/dev/null
 sync";
