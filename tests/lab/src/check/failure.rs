@@ -75,7 +75,7 @@ fn one(vne: &Vne, victim: &str, phase: &str) -> Result<Duration> {
     };
     let well = || -> Result<()> {
         vne.no_hold()?;
-        vne.turning(Duration::from_secs(2))?;
+        vne.stations()?;
         vne.all_run()
     };
     let took = loop {
@@ -91,6 +91,7 @@ fn one(vne: &Vne, victim: &str, phase: &str) -> Result<Duration> {
             Err(_) => {}
         }
     };
+    vne.turning(GUARD_LIMIT)?;
     let listed = vne.listed()?;
     ensure!(
         listed.is_empty(),
@@ -171,7 +172,7 @@ pub fn full_disk(vne: &Vne) -> Result<String> {
         ))?;
         ensure!(status == 1, "exit status {status}: {full}");
         ensure!(full.contains("No space left"), "{full}");
-        vne.turning(Duration::from_secs(5))?;
+        vne.turning(Duration::from_secs(10))?;
         let left = vne.sh("ls -A /mnt/small/tmp /mnt/small/snapshots")?;
         ensure!(!left.contains("take."), "left in the store: {left}");
         Ok(format!("  {}\n  {}", refused.trim(), full.trim()))

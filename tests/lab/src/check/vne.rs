@@ -50,8 +50,10 @@ impl Vne {
         let peers = RING_IPS.join(",");
         let mut guests = Vec::new();
         for (index, (name, ip)) in RING.iter().zip(RING_IPS).enumerate() {
+            // Longer than restored guests take to connect to the network again:
+            // what is sent before that is lost.
             let line =
-                format!("ring --index {index} --peers {peers} --rest-every 8 --rest-ms 1000");
+                format!("ring --index {index} --peers {peers} --rest-every 8 --rest-ms 3000");
             guests.push((0, guest(name, ip, 500, &line)?));
         }
         let line = format!("stream --to 10.77.0.1:{STREAM_PORT} --interval-us 2000");
@@ -116,8 +118,8 @@ impl Vne {
         number(&self.ask(RING_IPS[0])?, "/ring/received")
     }
 
-    /// Waits until the token has come round, on which it rests for a second at
-    /// most once.
+    /// Waits until the token has come round, on which it rests for 3 s at most
+    /// once.
     pub fn turning(&self, limit: Duration) -> Result<()> {
         let start = Instant::now();
         let before = self.received()?;

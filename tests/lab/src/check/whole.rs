@@ -28,7 +28,7 @@ fn in_a_row(vne: &Vne, count: usize) -> Result<String> {
             // At a moment that has nothing to do with the ring's.
             std::thread::sleep(Duration::from_millis(37 * (round as u64 % 7)));
             let manifest = vne.take()?;
-            vne.turning(Duration::from_secs(5))?;
+            vne.turning(Duration::from_secs(10))?;
             if round + KEPT < count {
                 let id = manifest["id"].as_str().unwrap_or_default();
                 vne.sh(&format!("xl vne-snapshot remove {NAME}@{id}"))?;
@@ -109,7 +109,7 @@ fn restore(vne: &Vne, snapshot: &str) -> Result<u64> {
     let first = received(&vne.stations()?)?;
     // Longer than the token ever rests. A second token, or a number from the
     // future, is a violation at the first station that it reaches.
-    let until = Instant::now() + Duration::from_secs(4);
+    let until = Instant::now() + Duration::from_secs(8);
     loop {
         let stations = vne.stations()?;
         if received(&stations)? > first + 5 {
