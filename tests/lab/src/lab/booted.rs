@@ -16,6 +16,9 @@ use super::ssh::Ssh;
 const BOOT_LIMIT: Duration = Duration::from_secs(600);
 const SAVE_LIMIT: Duration = Duration::from_secs(300);
 
+/// dom0's share of the processors, where a guest's is 256.
+pub const DOM0_WEIGHT: u32 = 4096;
+
 /// Done once in dom0 before its state is kept: what would otherwise be slow
 /// or missing the first time.
 ///
@@ -35,12 +38,16 @@ timeout 300 systemctl is-system-running --wait >/dev/null || {
     systemctl is-system-running | grep -qx degraded
 }
 modprobe -a xen-netback xen-blkback sch_plug ifb nf_tables nft_fwd_netdev
-xl sched-credit2 -d Domain-0 -w 4096
+xl sched-credit2 -d Domain-0 -w \"$DOM0_WEIGHT\"
 nft add table netdev lab
 nft add chain netdev lab keep '{ type filter hook ingress device lo priority 0; }'
 xl info >/dev/null
 xl list >/dev/null
 sync";
+
+fn settle() -> String {
+    format!("DOM0_WEIGHT={DOM0_WEIGHT}\n{SETTLE}")
+}
 
 /// A kept state.
 #[derive(Clone, Debug)]
@@ -58,7 +65,7 @@ impl Booted {
             .with("emulator", platform.emulator.display().to_string())
             .with("version", version)
             .with("platform", platform.describe())
-            .with("settle", SETTLE)
+            .with("settle", settle())
             .finish();
         let dir = cache.artefact("booted", &hash, |out| boot(out, image, platform, key))?;
         Ok(Booted { dir })
@@ -100,7 +107,7 @@ fn boot(out: &Path, image: &Image, platform: &Platform, key: &Path) -> Result<()
         }
         std::thread::sleep(Duration::from_millis(500));
     }
-    process::capture(&mut ssh.command(SETTLE))
+    process::capture(&mut ssh.command(&settle()))
         .with_context(|| format!("dom0 doesn't settle; {}", machine.last_words()))?;
     let mut control = machine.control()?;
     control.save_and_quit(&out.join("state"), SAVE_LIMIT)?;

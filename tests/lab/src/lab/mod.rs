@@ -35,6 +35,7 @@ use anyhow::{anyhow, bail, Context, Result};
 
 pub use apt::install;
 use booted::Booted;
+pub use booted::DOM0_WEIGHT;
 use cache::{Cache, Lock};
 use guest::Initrd;
 pub use guest::{workspace, Guest};
