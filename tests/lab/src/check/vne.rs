@@ -53,7 +53,7 @@ impl Vne {
             // Longer than restored guests take to connect to the network again:
             // what is sent before that is lost.
             let line =
-                format!("ring --index {index} --peers {peers} --rest-every 8 --rest-ms 3000");
+                format!("ring --index {index} --peers {peers} --rest-every 8 --rest-ms 4000");
             guests.push((0, guest(name, ip, 500, &line)?));
         }
         let line = format!("stream --to 10.77.0.1:{STREAM_PORT} --interval-us 2000");
@@ -118,7 +118,7 @@ impl Vne {
         number(&self.ask(RING_IPS[0])?, "/ring/received")
     }
 
-    /// Waits until the token has come round, on which it rests for 3 s at most
+    /// Waits until the token has come round, on which it rests for 4 s at most
     /// once.
     pub fn turning(&self, limit: Duration) -> Result<()> {
         let start = Instant::now();

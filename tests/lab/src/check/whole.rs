@@ -109,7 +109,7 @@ fn restore(vne: &Vne, snapshot: &str) -> Result<u64> {
     let first = received(&vne.stations()?)?;
     // Longer than the token ever rests. A second token, or a number from the
     // future, is a violation at the first station that it reaches.
-    let until = Instant::now() + Duration::from_secs(8);
+    let until = Instant::now() + Duration::from_secs(10);
     loop {
         let stations = vne.stations()?;
         if received(&stations)? > first + 5 {
