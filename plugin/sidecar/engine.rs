@@ -140,7 +140,7 @@ pub fn sweep(program: &Program, register: &Register) -> Result<(), Error> {
     match run {
         Ok(status) if status.success() => Ok(()),
         Ok(status) => Err(Error::Failed(format!(
-            "cleaning up after a killed take: {status}"
+            "cleaning up after a killed take or restore: {status}"
         ))),
         Err(source) => Err(Error::Start {
             what: "start the clean-up",

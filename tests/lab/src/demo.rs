@@ -57,7 +57,7 @@ pub fn run() -> Result<()> {
     for station in vne.stations()? {
         say(&format!(
             "{}: went on from number {}, {} violations, {} corrupt pages",
-            station["guest"]["name"],
+            station["guest"]["name"].as_str().unwrap_or("?"),
             station["ring"]["last_received"],
             station["ring"]["violations"],
             station["memory"]["corrupt"]
