@@ -25,8 +25,8 @@ fn in_a_row(vne: &Vne, count: usize) -> Result<String> {
     let (taken, heard) = vne.listening(|| {
         let mut taken = Vec::new();
         for round in 0..count {
-            // At a moment that has nothing to do with the ring's.
-            std::thread::sleep(Duration::from_millis(37 * (round as u64 % 7)));
+            // At moments that are spread over the token's rest of 4 s.
+            std::thread::sleep(Duration::from_millis(613 * (round as u64 % 7)));
             let manifest = vne.take()?;
             vne.turning(Duration::from_secs(10))?;
             if round + KEPT < count {
