@@ -368,8 +368,9 @@ impl<'a> Part<'a> {
     /// Brings everything back to how it was, as far as something is left to
     /// bring back. What can't be is left to the guard, with the journal.
     pub fn undo(&mut self) {
-        let mut undone = self.let_frames_go();
+        // First, since letting frames go may wait for the interfaces.
         self.tell_all(&Command::Abort);
+        let mut undone = self.let_frames_go();
         let deadline = Instant::now() + WORKER_END_MAX;
         let mut harmed = Vec::new();
         for member in &mut self.members {
