@@ -107,7 +107,9 @@ fn manifest(id: &str) -> Result<Manifest, Box<dyn Error>> {
         created: String::from("2026-11-21T02:36:52Z"),
         tool_version: String::from("0.1.0"),
         xen_version: String::from("4.17.5"),
-        host: String::from("dom0"),
+        take: String::from("00000000c0ffee00"),
+        host: Name::new("dom0")?,
+        hosts: vec![Name::new("dom0")?],
         // Must not be taken for a snapshot.
         label: Some(String::from("\"vne\": \"bad\", \"id\": \"bad\"")),
         cut: Cut::default(),
@@ -120,6 +122,7 @@ fn member(name: &str) -> Result<Member, Box<dyn Error>> {
         name: Name::new(name)?,
         domid: 7,
         uuid: String::from("c0ffee00-0000-4000-8000-000000000000"),
+        host: Name::new("dom0")?,
         domain_type: DomainType::Pvh,
         memory_kib: 262_144,
         vcpus: 1,

@@ -46,6 +46,16 @@ pub struct Host {
 }
 
 impl Host {
+    /// This host's name among those of a VNE.
+    fn name(&self) -> Result<Name, Failure> {
+        let node = rustix::system::uname()
+            .nodename()
+            .to_string_lossy()
+            .into_owned();
+        let name = node.split('.').next().unwrap_or_default();
+        Ok(Name::new(name)?)
+    }
+
     fn program(&self) -> Program {
         Program {
             xl: self.xl_path.clone(),

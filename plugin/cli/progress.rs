@@ -6,11 +6,8 @@ use std::time::{Duration, Instant};
 
 use super::units::ms;
 use crate::cut::Phase;
-use crate::domain::messages::CutTimes;
-use crate::domain::policy::Round;
-use crate::domain::DomainFacts;
-use crate::sidecar::engine::Progress;
-use crate::sidecar::manifest::downtime;
+use crate::image::Name;
+use crate::sidecar::lead::{MemberName, Progress, Told};
 
 const REDRAW_INTERVAL: Duration = Duration::from_millis(100);
 
@@ -26,16 +23,18 @@ pub struct Printer {
 
 struct MemberLine {
     name: String,
-    pages: u64,
     text: String,
 }
 
 impl Printer {
-    /// For these members.
-    pub fn new(members: &[String], quiet: bool) -> Self {
-        let line = |name: &String| MemberLine {
-            name: name.clone(),
-            pages: 0,
+    /// For these members; `here` is the host that needn't be named.
+    pub fn new(members: &[MemberName], here: &Name, quiet: bool) -> Self {
+        let alone = members.iter().all(|member| member.host == *here);
+        let line = |member: &MemberName| MemberLine {
+            name: match alone {
+                true => member.name.to_string(),
+                false => format!("{}:{}", member.host, member.name),
+            },
             text: String::from("-"),
         };
         Self {
@@ -90,40 +89,36 @@ impl Printer {
 }
 
 impl Progress for Printer {
-    fn planned(&mut self, members: &[DomainFacts]) {
-        for (index, facts) in members.iter().enumerate() {
-            if let Some(line) = self.members.get_mut(index) {
-                line.pages = facts.memory_kib / 4;
+    fn tell(&mut self, told: Told) {
+        match told {
+            Told::Planned(_) => {}
+            Told::Phase(phase) => {
+                self.phase = phase;
+                if !self.terminal {
+                    self.write(&format!("{phase}\n"));
+                }
+                self.draw(true);
             }
+            Told::Round {
+                member,
+                round,
+                converged,
+            } => {
+                let state = if converged { "hovering" } else { "copying" };
+                let text = format!(
+                    "{state}: round {}, {} pages in {}",
+                    round.iteration,
+                    round.pages,
+                    ms(round.duration_ns)
+                );
+                // Off a terminal only the first round is worth a line.
+                self.say(member, text, round.iteration == 0);
+            }
+            Told::Cut {
+                member,
+                downtime_ns,
+            } => self.say(member, format!("cut, down for {}", ms(downtime_ns)), true),
+            Told::Stored { member } => self.say(member, String::from("stored"), true),
         }
-    }
-
-    fn phase(&mut self, phase: Phase) {
-        self.phase = phase;
-        if !self.terminal {
-            self.write(&format!("{phase}\n"));
-        }
-        self.draw(true);
-    }
-
-    fn round(&mut self, member: usize, round: Round, converged: bool) {
-        let state = if converged { "hovering" } else { "copying" };
-        let text = format!(
-            "{state}: round {}, {} pages in {}",
-            round.iteration,
-            round.pages,
-            ms(round.duration_ns)
-        );
-        // Off a terminal only the first round is worth a line.
-        self.say(member, text, round.iteration == 0);
-    }
-
-    fn cut(&mut self, member: usize, times: &CutTimes) {
-        let text = format!("cut, down for {}", ms(downtime(times).total_ns()));
-        self.say(member, text, true);
-    }
-
-    fn stored(&mut self, member: usize) {
-        self.say(member, String::from("stored"), true);
     }
 }

@@ -8,9 +8,10 @@ use super::{config::VneConfig, print, print_json, Failure, Host, StoreArgument};
 use crate::cut::{HostLimits, Limits, OnDivergence};
 use crate::domain::policy::PolicyConfig;
 use crate::domain::DomainFacts;
-use crate::image::{Name, Store};
+use crate::image::{Manifest, Name, Store};
 use crate::sentence::sentence;
-use crate::sidecar::engine::{self, TakeRequest, Taken};
+use crate::sidecar::lead::{MemberName, TakeRequest, Taken};
+use crate::sidecar::{self, Place};
 
 /// Members answer within seconds; this is for a host that swaps.
 const PREPARE_S: u64 = 30;
@@ -37,8 +38,9 @@ const FINAL_BUFFER_BYTES: usize = 256 << 20;
 pub struct Arguments {
     /// The VNE
     vne: Name,
-    /// Its members, by domain name [default: those of /etc/xen/vne/VNE.cfg]
-    members: Vec<Name>,
+    /// Its members, each as DOMAIN or HOST:DOMAIN [default: those of
+    /// /etc/xen/vne/VNE.cfg]
+    members: Vec<Placed>,
     /// Say what would be done, and do nothing (as 'xl -N')
     #[arg(short = 'N', long)]
     dry_run: bool,
@@ -80,34 +82,44 @@ enum Diverging {
     Abort,
 }
 
+/// `DOMAIN`, on this host, or `HOST:DOMAIN`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Placed {
+    host: Option<Name>,
+    name: Name,
+}
+
+impl std::str::FromStr for Placed {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let name = |text: &str| Name::new(text).map_err(|error| sentence(&error));
+        match text.split_once(':') {
+            Some((host, domain)) => Ok(Self {
+                host: Some(name(host)?),
+                name: name(domain)?,
+            }),
+            None => Ok(Self {
+                host: None,
+                name: name(text)?,
+            }),
+        }
+    }
+}
+
+impl Placed {
+    fn on(self, here: &Name) -> MemberName {
+        MemberName {
+            host: self.host.unwrap_or_else(|| here.clone()),
+            name: self.name,
+        }
+    }
+}
+
 /// Runs the verb.
 pub fn run(host: &Host, arguments: &Arguments) -> Result<(), Failure> {
-    let request = request(host, arguments)?;
-    let dry_run = arguments.dry_run || host.dry_run;
-    if !dry_run {
-        clear_garbage(&request.store);
-    }
-    let quiet = arguments.quiet || arguments.json || dry_run;
-    let mut printer = Printer::new(&request.members, quiet);
-    match engine::take(&request, dry_run, &mut printer)? {
-        Taken::Planned(facts) if arguments.json => print_json(&facts),
-        Taken::Planned(facts) => print(&plan(&request, &facts)),
-        Taken::Snapshot(manifest) if arguments.json => print_json(&manifest),
-        Taken::Snapshot(_) if arguments.quiet => Ok(()),
-        Taken::Snapshot(manifest) => print(&super::show::describe(&manifest)),
-    }
-}
-
-/// What was left behind when the host lost power may be all the space that is
-/// missing now.
-fn clear_garbage(root: &Path) {
-    if let Err(error) = Store::open(root).and_then(|store| store.clean_tmp()) {
-        log::warn!("{}", sentence(&error));
-    }
-}
-
-fn request(host: &Host, arguments: &Arguments) -> Result<TakeRequest, Failure> {
     let vne = &arguments.vne;
+    let here = host.name()?;
     let config = VneConfig::find(host, vne)?;
     if config.is_none() && arguments.members.is_empty() {
         let path = VneConfig::path(host, vne);
@@ -119,15 +131,82 @@ fn request(host: &Host, arguments: &Arguments) -> Result<TakeRequest, Failure> {
         .into());
     }
     let config = config.unwrap_or_default();
-    let members = if arguments.members.is_empty() {
-        config.members
-    } else {
-        arguments.members.iter().map(Name::to_string).collect()
+    let store = arguments
+        .store
+        .store
+        .clone()
+        .or_else(|| config.store.clone());
+    let place = Place {
+        host: here.clone(),
+        store: store.unwrap_or_else(|| PathBuf::from(crate::image::DEFAULT_ROOT)),
+        run_dir: host.run_dir.clone(),
+        program: host.program(),
+        final_buffer_bytes: FINAL_BUFFER_BYTES,
     };
-    for member in &members {
-        Name::new(member)?;
+    let request = request(&here, arguments, host.dry_run, config)?;
+    if !request.dry_run {
+        clear_garbage(&place.store);
     }
-    let store = arguments.store.store.clone().or(config.store);
+    let quiet = arguments.quiet || arguments.json || request.dry_run;
+    let mut printer = Printer::new(&request.members, &here, quiet);
+    let taken = sidecar::take(&request, &place, &mut printer)?;
+    show(&request, &place.store, arguments, taken)
+}
+
+fn show(
+    request: &TakeRequest,
+    store: &Path,
+    arguments: &Arguments,
+    taken: Taken,
+) -> Result<(), Failure> {
+    match taken {
+        Taken::Planned(facts) if arguments.json => print_json(&facts),
+        Taken::Planned(facts) => print(&plan(request, store, &facts)),
+        Taken::Snapshot {
+            manifest,
+            unconfirmed,
+        } => {
+            warn_of_unconfirmed(&manifest, &unconfirmed);
+            match arguments {
+                Arguments { json: true, .. } => print_json(&manifest),
+                Arguments { quiet: true, .. } => Ok(()),
+                _ => print(&super::show::describe(&manifest)),
+            }
+        }
+    }
+}
+
+fn warn_of_unconfirmed(manifest: &Manifest, hosts: &[Name]) {
+    for host in hosts {
+        log::warn!(
+            "host '{host}' hasn't confirmed {}@{} yet: it lists it as soon as it can be reached",
+            manifest.vne,
+            manifest.id
+        );
+    }
+}
+
+/// What was left behind when the host lost power may be all the space that is
+/// missing now.
+fn clear_garbage(root: &Path) {
+    if let Err(error) = Store::open(root).and_then(|store| store.clean_tmp()) {
+        log::warn!("{}", sentence(&error));
+    }
+}
+
+fn request(
+    here: &Name,
+    arguments: &Arguments,
+    dry_run: bool,
+    config: VneConfig,
+) -> Result<TakeRequest, Failure> {
+    let members = if arguments.members.is_empty() {
+        let parse = |text: &String| text.parse::<Placed>();
+        config.members.iter().map(parse).collect::<Result<_, _>>()?
+    } else {
+        arguments.members.clone()
+    };
+    let members = members.into_iter().map(|member| member.on(here));
     let seconds = |s: u64| s * 1_000_000_000;
     let precopy_max = arguments.precopy_max.or(config.precopy_max_s);
     let last_copy = arguments
@@ -140,12 +219,9 @@ fn request(host: &Host, arguments: &Arguments) -> Result<TakeRequest, Failure> {
     });
     let hold_kib = arguments.hold.or(config.hold_kib).unwrap_or(HOLD_KIB);
     Ok(TakeRequest {
-        vne: vne.to_string(),
-        members,
+        vne: arguments.vne.clone(),
+        members: members.collect(),
         label: arguments.label.clone(),
-        store: store.unwrap_or_else(|| PathBuf::from(crate::image::DEFAULT_ROOT)),
-        run_dir: host.run_dir.clone(),
-        program: host.program(),
         limits: Limits {
             prepare_ns: seconds(PREPARE_S),
             precopy_ns: seconds(precopy_max.unwrap_or(PRECOPY_MAX_S).into()),
@@ -168,12 +244,12 @@ fn request(host: &Host, arguments: &Arguments) -> Result<TakeRequest, Failure> {
             ..PolicyConfig::default()
         },
         hold_bytes: hold_kib.saturating_mul(1024),
-        final_buffer_bytes: FINAL_BUFFER_BYTES,
+        dry_run: arguments.dry_run || dry_run,
         memory_only: arguments.memory_only || config.memory_only,
     })
 }
 
-fn plan(request: &TakeRequest, members: &[DomainFacts]) -> String {
+fn plan(request: &TakeRequest, store: &Path, members: &[DomainFacts]) -> String {
     let mut rows = vec![[
         "MEMBER", "DOMID", "TYPE", "MEMORY", "VCPUS", "HELD", "DISKS",
     ]
@@ -194,7 +270,7 @@ fn plan(request: &TakeRequest, members: &[DomainFacts]) -> String {
     let mut text = format!(
         "Would take a snapshot of VNE '{}' into {}:\n",
         request.vne,
-        request.store.display()
+        store.display()
     );
     text.push_str(&table(&rows));
     for member in members {

@@ -1,9 +1,12 @@
 //! The coordinator's state machine.
 
+use serde::{Deserialize, Serialize};
+
 use super::{mutated, FromHost, Order, Phase, Reply, Session, TakeId, ToHost};
 
 /// What to do about members that don't converge within the bound.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum OnDivergence {
     /// Cut all the same: those members are down for longer.
     Go,
@@ -12,7 +15,7 @@ pub enum OnDivergence {
 }
 
 /// How long each phase may take, in ns.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limits {
     /// Until all hosts have prepared.
     pub prepare_ns: u64,
@@ -55,8 +58,9 @@ pub enum Action {
     Decide,
 }
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 struct Host {
+    name: String,
     session: Option<Session>,
     /// It has answered the phase's order.
     answered: bool,
@@ -83,15 +87,16 @@ pub struct Coordinator {
 }
 
 impl Coordinator {
-    /// Begins a take on this many hosts.
+    /// Begins a take on these hosts, the names of which are for messages.
     pub fn begin(
         take: TakeId,
-        hosts: usize,
+        hosts: &[String],
         limits: Limits,
         on_divergence: OnDivergence,
         now_ns: u64,
     ) -> (Self, Vec<Action>) {
-        let host = Host {
+        let host = |name: &String| Host {
+            name: name.clone(),
             session: None,
             answered: false,
             converged: false,
@@ -100,7 +105,7 @@ impl Coordinator {
         let mut coordinator = Self {
             take,
             phase: Phase::Prepare,
-            hosts: vec![host; hosts],
+            hosts: hosts.iter().map(host).collect(),
             limits,
             on_divergence,
             deadline_ns: None,
@@ -143,6 +148,21 @@ impl Coordinator {
     /// Whether the cut was made although not all members had converged.
     pub fn diverged(&self) -> bool {
         self.diverged
+    }
+
+    /// The session in which a host prepared, once that is known.
+    pub fn session(&self, host: usize) -> Option<Session> {
+        self.hosts.get(host).and_then(|host| host.session)
+    }
+
+    /// Whether the snapshot exists, though not all hosts may know it yet.
+    pub fn decided(&self) -> bool {
+        self.decided
+    }
+
+    /// Whether a host has answered the phase's order.
+    pub fn answered(&self, host: usize) -> bool {
+        self.hosts.get(host).is_some_and(|host| host.answered)
     }
 
     /// Why there is no snapshot.
@@ -194,6 +214,9 @@ impl Coordinator {
         host.heard_ns = now_ns;
         let answers = match message.reply {
             Reply::Failed(why) => {
+                let name = host.name.clone();
+                let alone = self.hosts.len() == 1;
+                let why = if alone { why } else { format!("{name}: {why}") };
                 return self.abort(now_ns, why);
             }
             Reply::Converged(converged) => {
@@ -212,7 +235,8 @@ impl Coordinator {
             Reply::Aborted => Phase::Abort,
         };
         if answers == Phase::Abort && self.phase != Phase::Abort {
-            return self.abort(now_ns, String::from("a host aborted"));
+            let why = format!("host '{}' aborted", host.name);
+            return self.abort(now_ns, why);
         }
         if answers != self.phase {
             // Repeated: this was answered before.
@@ -279,9 +303,14 @@ impl Coordinator {
             let silent = self
                 .hosts
                 .iter()
-                .position(|host| now_ns >= host.heard_ns.saturating_add(lease_ns));
+                .find(|host| now_ns >= host.heard_ns.saturating_add(lease_ns));
             if let Some(host) = silent {
-                return self.abort(now_ns, format!("nothing is heard of host {host}"));
+                let why = format!(
+                    "nothing was heard of host '{}' for {} s",
+                    host.name,
+                    lease_ns / 1_000_000_000
+                );
+                return self.abort(now_ns, why);
             }
         }
         if now_ns < self.repeat_at_ns {
@@ -298,7 +327,6 @@ impl Coordinator {
     }
 
     fn late(&mut self, now_ns: u64) -> Vec<Action> {
-        let waiting = self.hosts.iter().filter(|host| !host.answered).count();
         match self.phase {
             Phase::Drain => self.order(Phase::Cut, now_ns, Some(self.limits.hold_ns)),
             Phase::Precopy => match self.on_divergence {
@@ -321,10 +349,12 @@ impl Coordinator {
                 self.phase = Phase::Failed;
                 Vec::new()
             }
-            phase => self.abort(
-                now_ns,
-                format!("{waiting} hosts weren't done with {phase} in time"),
-            ),
+            phase => {
+                let waiting = self.hosts.iter().filter(|host| !host.answered);
+                let names: Vec<&str> = waiting.map(|host| host.name.as_str()).collect();
+                let names = names.join(", ");
+                self.abort(now_ns, format!("{names}: not done with {phase} in time"))
+            }
         }
     }
 

@@ -1,9 +1,11 @@
 //! A host's part in one take.
 
+use serde::{Deserialize, Serialize};
+
 use super::{mutated, FromHost, Order, Phase, Reply, Session, TakeId, ToHost};
 
 /// What a host waits for at most, in ns on its own clock.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostLimits {
     /// How long frames may be held, and members be suspended, whatever the
     /// coordinator does. Shorter than libxl's own 60 s for a guest that doesn't
@@ -299,7 +301,12 @@ impl Host {
     fn obey(&mut self, asked: Phase, now_ns: u64) -> Vec<HostAction> {
         self.phase = asked;
         self.done = false;
+        // A host without members has nothing to wait for.
+        let nobody = self.members.is_empty();
         match asked {
+            Phase::Precopy if nobody => {
+                vec![HostAction::StartPrecopy, self.say(Reply::Converged(true))]
+            }
             Phase::Precopy => vec![HostAction::StartPrecopy],
             Phase::Hold => {
                 self.hold_until_ns = Some(now_ns.saturating_add(self.limits.hold_ns));
@@ -308,8 +315,10 @@ impl Host {
                 }
                 vec![HostAction::Block]
             }
+            Phase::Cut if nobody => self.confirm(Phase::Cut, Reply::Cut),
             Phase::Cut => vec![HostAction::Cut],
             Phase::Release => vec![HostAction::Release],
+            Phase::Finalise if nobody => vec![HostAction::Finalise, HostAction::Vote],
             Phase::Finalise => vec![HostAction::Finalise],
             Phase::Commit => vec![HostAction::Commit],
             Phase::Prepare | Phase::Drain | Phase::Done | Phase::Abort | Phase::Failed => {

@@ -8,12 +8,43 @@ use serde::{Deserialize, Serialize};
 pub const PROTOCOL: u32 = 1;
 
 /// Names a take among all, for ever: made up at random by its coordinator.
+/// Written as 16 hex digits, since not every reader of JSON has 64-bit numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct TakeId(pub u64);
 
 /// Names one time that a host prepared a take: made up at random by the host.
+/// Written as a [`TakeId`] is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct Session(pub u64);
+
+macro_rules! written_in_hex {
+    ($($name:ident),*) => {$(
+        impl std::fmt::Display for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                write!(f, "{:016x}", self.0)
+            }
+        }
+
+        impl From<$name> for String {
+            fn from(number: $name) -> Self {
+                number.to_string()
+            }
+        }
+
+        impl TryFrom<String> for $name {
+            type Error = &'static str;
+
+            fn try_from(text: String) -> Result<Self, Self::Error> {
+                let hex = text.len() == 16 && text.bytes().all(|b| b.is_ascii_hexdigit());
+                let number = u64::from_str_radix(&text, 16).ok().filter(|_| hex);
+                number.map(Self).ok_or("16 hex digits are expected")
+            }
+        }
+    )*};
+}
+written_in_hex!(TakeId, Session);
 
 /// An order, in the order in which they come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]

@@ -202,7 +202,7 @@ fn orders(actions: &[Action]) -> Vec<(usize, Order)> {
 /// A coordinator of two hosts that have answered up to some phase.
 fn coordinator(until: Phase) -> Coordinator {
     let abort = OnDivergence::Abort;
-    let (mut coordinator, first) = Coordinator::begin(TAKE, 2, LIMITS, abort, 0);
+    let (mut coordinator, first) = Coordinator::begin(TAKE, &names(2), LIMITS, abort, 0);
     assert_eq!(orders(&first), [(0, Order::Prepare), (1, Order::Prepare)]);
     let replies = [
         Reply::Prepared,
@@ -299,7 +299,7 @@ fn divergence_aborts_or_goes_as_asked() {
         (OnDivergence::Go, Order::Hold),
         (OnDivergence::Abort, Order::Abort),
     ] {
-        let (mut coordinator, _) = Coordinator::begin(TAKE, 1, LIMITS, choice, 0);
+        let (mut coordinator, _) = Coordinator::begin(TAKE, &names(1), LIMITS, choice, 0);
         coordinator.handle(1, Input::Heard(0, heard(Reply::Prepared)));
         // It was converged for a while.
         coordinator.handle(2, Input::Heard(0, heard(Reply::Converged(false))));
@@ -318,4 +318,43 @@ fn a_host_that_asks_about_a_take_that_nobody_leads_learns_what_was_decided() {
     // What is late must not abort what is committed.
     let late = heard(Reply::Released);
     assert_eq!(unattended::as_coordinator(&late, true), None);
+}
+
+fn names(hosts: usize) -> Vec<String> {
+    (0..hosts).map(|host| format!("host{host}")).collect()
+}
+
+#[test]
+fn a_host_without_members_waits_for_nobody() {
+    let (mut host, _) = Host::begin(TAKE, SESSION, 0, HOST_LIMITS, 0);
+    let mut said = host.handle(1, HostInput::Armed);
+    for (order, done) in [
+        (Order::Precopy, None),
+        (Order::Hold, Some(HostInput::Blocked)),
+        (Order::Cut, None),
+        (Order::Release, Some(HostInput::Released)),
+        (Order::Finalise, Some(HostInput::Voted)),
+        (Order::Commit, Some(HostInput::Committed)),
+    ] {
+        said.extend(host.handle(2, self::order(order)));
+        said.extend(done.map(|done| host.handle(3, done)).into_iter().flatten());
+    }
+    let replies: Vec<_> = said
+        .into_iter()
+        .filter_map(|action| match action {
+            HostAction::Say(message) => Some(message.reply),
+            _ => None,
+        })
+        .collect();
+    let expected = [
+        Reply::Prepared,
+        Reply::Converged(true),
+        Reply::Held,
+        Reply::Cut,
+        Reply::Released,
+        Reply::Stored,
+        Reply::Committed,
+    ];
+    assert_eq!(replies, expected);
+    assert_eq!(host.phase(), Phase::Done);
 }

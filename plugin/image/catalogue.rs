@@ -231,6 +231,10 @@ impl Snapshot {
         let manifest = &self.manifest;
         let member = manifest.members.iter().find(|member| member.name == *name);
         match member {
+            Some(member) if member.host != manifest.host => Err(Error::Elsewhere {
+                member: name.clone(),
+                host: member.host.clone(),
+            }),
             Some(member) => MemberReader::open(&self.dir, member),
             None => Err(Error::NoMember {
                 vne: manifest.vne.clone(),
@@ -246,7 +250,7 @@ impl Snapshot {
     ///
     /// The first [`Error::Damaged`], [`Error::DamagedPages`] or [`Error::Io`].
     pub fn verify(&self) -> Result<()> {
-        for member in &self.manifest.members {
+        for member in self.manifest.members_here() {
             MemberReader::open(&self.dir, member)?.verify()?;
         }
         Ok(())

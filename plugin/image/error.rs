@@ -69,6 +69,15 @@ pub enum Error {
         vne: Name,
     },
 
+    /// The member is stored on another host.
+    #[error("member '{member}' is stored on host '{host}': ask there")]
+    Elsewhere {
+        /// The member.
+        member: Name,
+        /// The host.
+        host: Name,
+    },
+
     /// A snapshot has no such member.
     #[error("snapshot {id} of VNE {vne} has no member {member}")]
     NoMember {

@@ -31,14 +31,18 @@ pub struct Manifest {
     pub vne: Name,
     /// The snapshot's name among those of the VNE.
     pub id: SnapshotId,
+    /// The take that made it, the same on all hosts: 16 hex digits.
+    pub take: String,
     /// When it was begun: RFC 3339, UTC.
     pub created: String,
     /// Version of xl-vne that made it.
     pub tool_version: String,
     /// Version of Xen that the members ran on, as in `4.17.5`.
     pub xen_version: String,
-    /// Name of the host that they ran on.
-    pub host: String,
+    /// The host that this copy belongs to. Its members are stored beside it.
+    pub host: Name,
+    /// All hosts that have a copy; the first one led the take.
+    pub hosts: Vec<Name>,
     /// What the admin called it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub label: Option<String>,
@@ -53,8 +57,16 @@ pub struct Manifest {
 pub struct Cut {
     /// Largest difference between two members' cut times, in ns.
     pub skew_ns: u64,
+    /// How wrong `skew_ns` may be, in ns, since hosts' clocks were compared
+    /// over the network.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub skew_error_ns: u64,
     /// From the first frame that could be held to the last one's release, in ns.
     pub hold_ns: u64,
+}
+
+fn is_zero(number: &u64) -> bool {
+    *number == 0
 }
 
 /// What kind of domain a member is.
@@ -78,6 +90,8 @@ pub struct Member {
     pub domid: u32,
     /// Its UUID.
     pub uuid: String,
+    /// The host that it ran on, and where it's stored.
+    pub host: Name,
     /// Its kind.
     #[serde(rename = "type")]
     pub domain_type: DomainType,
@@ -172,6 +186,23 @@ pub struct FileFacts {
     pub blake3: Option<String>,
 }
 
+impl Manifest {
+    /// The members that are stored beside this copy.
+    pub fn members_here(&self) -> impl Iterator<Item = &Member> {
+        self.members
+            .iter()
+            .filter(|member| member.host == self.host)
+    }
+
+    /// The same for another host.
+    pub fn of_host(&self, host: &Name) -> Self {
+        Self {
+            host: host.clone(),
+            ..self.clone()
+        }
+    }
+}
+
 /// What stands between the JSON object's other fields and the checksum.
 const CHECKSUM_FIELD: &str = ",\n  \"checksum\": \"";
 /// What stands after it.
@@ -240,13 +271,16 @@ pub(crate) mod tests {
             format: FORMAT,
             vne: Name::new("lab").unwrap(),
             id: "20261121T023652Z".parse().unwrap(),
+            take: "00000000c0ffee00".to_owned(),
             created: "2026-11-21T02:36:52Z".to_owned(),
             tool_version: "0.1.0".to_owned(),
             xen_version: "4.17.5".to_owned(),
-            host: "dom0".to_owned(),
+            host: Name::new("dom0").unwrap(),
+            hosts: vec![Name::new("dom0").unwrap()],
             label: Some("before \"upgrade\"".to_owned()),
             cut: Cut {
                 skew_ns: 1,
+                skew_error_ns: 0,
                 hold_ns: 2,
             },
             members: vec![sample_member("web-1")],
@@ -256,6 +290,7 @@ pub(crate) mod tests {
     pub(crate) fn sample_member(name: &str) -> Member {
         Member {
             name: Name::new(name).unwrap(),
+            host: Name::new("dom0").unwrap(),
             domid: 7,
             uuid: "c0ffee00-0000-4000-8000-000000000000".to_owned(),
             domain_type: DomainType::Pvh,

@@ -97,6 +97,20 @@ pub struct SnapshotId {
 }
 
 impl SnapshotId {
+    /// When the snapshot was begun: RFC 3339, UTC.
+    pub fn created(&self) -> String {
+        let part = |from, to| self.stamp.get(from..to).unwrap_or_default();
+        format!(
+            "{}-{}-{}T{}:{}:{}Z",
+            part(0, 4),
+            part(4, 6),
+            part(6, 8),
+            part(9, 11),
+            part(11, 13),
+            part(13, 15)
+        )
+    }
+
     /// The name of the `nth` (from 1) snapshot made at `time`.
     pub(crate) fn at(time: SystemTime, nth: u32) -> Self {
         let c = Civil::of(time);
@@ -160,15 +174,6 @@ impl From<SnapshotId> for String {
     fn from(id: SnapshotId) -> String {
         id.to_string()
     }
-}
-
-/// `time` as in RFC 3339, in UTC, to the second.
-pub(crate) fn rfc3339(time: SystemTime) -> String {
-    let c = Civil::of(time);
-    format!(
-        "{:04}-{:02}-{:02}T{:02}:{:02}:{:02}Z",
-        c.year, c.month, c.day, c.hour, c.minute, c.second
-    )
 }
 
 /// A time in the Gregorian calendar, UTC.
@@ -283,7 +288,7 @@ mod tests {
         ];
         for (seconds, text) in cases {
             let time = UNIX_EPOCH + Duration::from_secs(seconds);
-            assert_eq!(rfc3339(time), text);
+            assert_eq!(SnapshotId::at(time, 2).created(), text);
         }
     }
 

@@ -11,7 +11,7 @@ use super::catalogue::Catalogue;
 use super::error::Error;
 use super::files::{self, Lock};
 use super::manifest::{Cut, Manifest, Member, FORMAT, MANIFEST_NAME};
-use super::name::{rfc3339, Name, SnapshotId};
+use super::name::{Name, SnapshotId};
 use super::Result;
 use crate::stream::CONFIG_BYTES_MAX;
 
@@ -29,6 +29,11 @@ const SNAPSHOTS_NAME: &str = "snapshots";
 const TAKE_PREFIX: &str = "take.";
 /// Snapshots being deleted.
 const REMOVED_PREFIX: &str = "removed.";
+
+/// Says that a part waits for the outcome.
+const VOTE_NAME: &str = "vote.json";
+/// A vote is some hundred bytes.
+const VOTE_BYTES_MAX: u64 = 64 << 10;
 
 /// Snapshots of one VNE that begin in the same second, at most.
 const SAME_SECOND_MAX: u32 = 1000;
@@ -148,33 +153,113 @@ impl Store {
     }
 
     pub(super) fn begin_at(&self, vne: &Name, time: SystemTime) -> Result<Take> {
-        self.make()?;
-        // Nobody else makes or judges entries of tmp/ while this is held.
-        let _tmp = files::lock_dir_wait(&self.tmp())?;
-        let (id, dir) = (1..=SAME_SECOND_MAX)
+        loop {
+            match self.begin_as(vne, &self.free_id(vne, time)?) {
+                // Somebody else was faster.
+                Err(Error::Unstorable { .. }) => {}
+                other => return other,
+            }
+        }
+    }
+
+    /// A name for a snapshot that is begun at `time`, and that none here has.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Unstorable`] if there are too many of this second.
+    pub fn free_id(&self, vne: &Name, time: SystemTime) -> Result<SnapshotId> {
+        (1..=SAME_SECOND_MAX)
             .map(|nth| SnapshotId::at(time, nth))
-            .map(|id| (self.take_dir(vne, &id), id))
-            // First tmp, then snapshots: a commit moves the other way.
-            .find(|(dir, id)| !dir.exists() && !self.snapshot_dir(vne, id).exists())
-            .map(|(dir, id)| (id, dir))
+            .find(|id| !self.has(vne, id))
             .ok_or_else(|| {
                 let problem = "too many snapshots were begun in this second";
                 Error::unstorable(format!("a snapshot of VNE {vne}"), problem)
-            })?;
+            })
+    }
+
+    /// Whether there is one of that name, or one is being made.
+    fn has(&self, vne: &Name, id: &SnapshotId) -> bool {
+        // First tmp, then snapshots: a commit moves the other way.
+        self.take_dir(vne, id).exists() || self.snapshot_dir(vne, id).exists()
+    }
+
+    /// Begins a snapshot of `vne` with the name that all hosts give it. Makes
+    /// the store if it doesn't exist.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Unstorable`] if there is one of that name; [`Error::BadRoot`];
+    /// [`Error::Io`].
+    pub fn begin_as(&self, vne: &Name, id: &SnapshotId) -> Result<Take> {
+        self.make()?;
+        // Nobody else makes or judges entries of tmp/ while this is held.
+        let _tmp = files::lock_dir_wait(&self.tmp())?;
+        if self.has(vne, id) {
+            let problem = "there is one of that name";
+            return Err(Error::unstorable(format!("snapshot {vne}@{id}"), problem));
+        }
+        let dir = self.take_dir(vne, id);
         files::make_dir(&dir)?;
         let lock = files::try_lock_dir(&dir, Lock::Shared)?;
         let lock = lock.ok_or_else(|| Error::InUse { path: dir.clone() })?;
         let take = Take {
             store: self.clone(),
             vne: vne.clone(),
-            id,
-            created: rfc3339(time),
+            id: id.clone(),
             dir,
             _lock: lock,
-            committed: false,
+            stays: false,
         };
         files::make_dir(&take.dir.join(MEMBERS_NAME))?;
         Ok(take)
+    }
+
+    /// The parts that were voted for and whose process died before it heard
+    /// how it was decided, each with what [`Take::vote`] was given.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`].
+    pub fn in_doubt(&self) -> Result<Vec<(Take, Vec<u8>)>> {
+        let mut found = Vec::new();
+        let tmp = self.tmp();
+        let _tmp = match files::lock_dir_wait(&tmp) {
+            Err(error) if is_not_found(&error) => return Ok(found),
+            locked => locked?,
+        };
+        for entry in std::fs::read_dir(&tmp).map_err(Error::io("read", &tmp))? {
+            let entry = entry.map_err(Error::io("read", &tmp))?;
+            let dir = entry.path();
+            let name = entry.file_name();
+            let Some((vne, id)) = name.to_str().and_then(parse_take_dir) else {
+                continue;
+            };
+            // A lock that others have too: an exclusive one shows that nobody
+            // works on it, and is then made the usual one.
+            match files::try_lock_dir(&dir, Lock::Exclusive) {
+                Ok(Some(_)) => {}
+                Ok(None) => continue,
+                Err(error) if is_not_found(&error) => continue,
+                Err(error) => return Err(error),
+            }
+            let vote = match files::read_file(&dir.join(VOTE_NAME), VOTE_BYTES_MAX) {
+                Err(error) if is_not_found(&error) => continue,
+                read => read?,
+            };
+            let Some(lock) = files::try_lock_dir(&dir, Lock::Shared)? else {
+                continue;
+            };
+            let take = Take {
+                store: self.clone(),
+                vne,
+                id,
+                dir,
+                _lock: lock,
+                stays: true,
+            };
+            found.push((take, vote));
+        }
+        Ok(found)
     }
 
     /// Removes what takes and deletions left behind whose processes died. What
@@ -213,6 +298,8 @@ impl Store {
             }
             let path = entry.path();
             match files::try_lock_dir(&path, Lock::Exclusive) {
+                // Waits to hear how it was decided, with or without a process.
+                Ok(Some(_)) if path.join(VOTE_NAME).exists() => cleaned.live += 1,
                 Ok(Some(lock)) => garbage.push((path, lock)),
                 Ok(None) => cleaned.live += 1,
                 // Its owner finished with it just now.
@@ -280,17 +367,18 @@ fn check_root(root: &Path) -> Result<()> {
     Ok(())
 }
 
-/// A snapshot in the making. Dropped without [`Take::commit`], it goes away.
+/// A snapshot in the making. Dropped without [`Take::commit`] or
+/// [`Take::vote`], it goes away.
 #[derive(Debug)]
 pub struct Take {
     store: Store,
     vne: Name,
     id: SnapshotId,
-    created: String,
     dir: PathBuf,
     /// Keeps [`Store::clean_tmp`] away.
     _lock: File,
-    committed: bool,
+    /// Committed, or voted for.
+    stays: bool,
 }
 
 impl Take {
@@ -306,19 +394,58 @@ impl Take {
     }
 
     /// A manifest with what the store knows filled in, and the rest empty.
-    pub fn manifest(&self) -> Manifest {
+    pub fn manifest(&self, host: &Name) -> Manifest {
         Manifest {
             format: FORMAT,
             vne: self.vne.clone(),
             id: self.id.clone(),
-            created: self.created.clone(),
+            take: String::new(),
+            created: self.id.created(),
             tool_version: String::new(),
             xen_version: String::new(),
-            host: String::new(),
+            host: host.clone(),
+            hosts: vec![host.clone()],
             label: None,
             cut: Cut::default(),
             members: Vec::new(),
         }
+    }
+
+    /// Which VNE's it is.
+    pub fn vne(&self) -> &Name {
+        &self.vne
+    }
+
+    /// Makes it last: whatever happens from here on, it stays as it is until
+    /// [`Take::commit`] or [`Take::discard`]. `vote` is for whoever finds it
+    /// with [`Store::in_doubt`]. The members' files are durable already.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`]. It doesn't stay then.
+    pub fn vote(&mut self, vote: &[u8]) -> Result<()> {
+        files::sync_dir(&self.dir.join(MEMBERS_NAME))?;
+        files::write_file(&self.dir.join(VOTE_NAME), VOTE_NAME, vote)?;
+        files::sync_dir(&self.dir)?;
+        files::sync_dir(&self.store.tmp())?;
+        self.stays = true;
+        Ok(())
+    }
+
+    /// Removes it, voted for or not.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`]: what is left of it has no vote and is garbage.
+    pub fn discard(mut self) -> Result<()> {
+        self.stays = true;
+        match std::fs::remove_file(self.dir.join(VOTE_NAME)) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(Error::io("remove", &self.dir)(error));
+            }
+            _ => {}
+        }
+        remove_tree(&self.dir)
     }
 
     /// Makes the snapshot exist: checks that all members' files are there,
@@ -329,7 +456,7 @@ impl Take {
     ///
     /// [`Error::Unstorable`] if the manifest isn't this take's or doesn't fit
     /// what is there; [`Error::Io`]. The snapshot doesn't exist then.
-    pub fn commit(mut self, manifest: &Manifest) -> Result<()> {
+    pub fn commit(&mut self, manifest: &Manifest) -> Result<()> {
         self.check(manifest)?;
         let bytes = manifest.encode()?;
         files::sync_dir(&self.dir.join(MEMBERS_NAME))?;
@@ -345,7 +472,9 @@ impl Take {
             // Told to have failed, it should not be there either.
             return rename_dir(&place, &self.dir).and(lasting);
         }
-        self.committed = true;
+        self.stays = true;
+        // Its one use is over; beside a manifest it means nothing.
+        let _ = std::fs::remove_file(place.join(VOTE_NAME));
         Ok(())
     }
 
@@ -368,7 +497,7 @@ impl Take {
 
 impl Drop for Take {
     fn drop(&mut self) {
-        if !self.committed {
+        if !self.stays {
             // What can't be removed now, clean_tmp will find.
             let _ = remove_tree(&self.dir);
         }
@@ -377,7 +506,7 @@ impl Drop for Take {
 
 /// Whether all files that the manifest names are there, at their lengths.
 pub(super) fn check_files(snapshot: &Path, manifest: &Manifest) -> Result<()> {
-    for member in &manifest.members {
+    for member in manifest.members_here() {
         check_member_files(&member_dir(snapshot, &member.name), member)?;
     }
     Ok(())
@@ -404,6 +533,13 @@ fn check_member_files(dir: &Path, member: &Member) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The VNE and the snapshot that a directory in `tmp/` is for. A VNE's name may
+/// have dots, an id has none.
+fn parse_take_dir(name: &str) -> Option<(Name, SnapshotId)> {
+    let (vne, id) = name.strip_prefix(TAKE_PREFIX)?.rsplit_once('.')?;
+    Some((Name::new(vne).ok()?, id.parse().ok()?))
 }
 
 /// Moves a directory. It can't replace anything: onto a directory with something

@@ -50,11 +50,11 @@ impl Lab {
         self.store.catalogue().get(&name("lab"), &id).unwrap()
     }
 
-    fn commit(&self, take: Take, mut writer: MemberWriter, stream: &[u8]) -> MemberStats {
+    fn commit(&self, mut take: Take, mut writer: MemberWriter, stream: &[u8]) -> MemberStats {
         Ingest::new(stream).run(&mut writer).unwrap();
         let image = writer.finish(CONFIG).unwrap();
         let stats = image.stats;
-        let mut manifest = take.manifest();
+        let mut manifest = take.manifest(&name("dom0"));
         let mut member = sample_member("web-1");
         member.image = image;
         manifest.members.push(member);
@@ -140,7 +140,7 @@ fn the_moment_of_the_switch_and_the_bound_on_memory_change_nothing() {
     for held_bytes_max in [0, PAGE_SIZE, 3 * PAGE_SIZE, 1 << 20] {
         for trip in (1..live.len()).step_by(1500) {
             let lab = Lab::new();
-            let take = lab.store.begin(&name("lab")).unwrap();
+            let mut take = lab.store.begin(&name("lab")).unwrap();
             let options = WriterOptions { held_bytes_max };
             let mut writer = MemberWriter::create(take.dir(), &name("web-1"), &options).unwrap();
             let handle = writer.handle();
@@ -151,7 +151,7 @@ fn the_moment_of_the_switch_and_the_bound_on_memory_change_nothing() {
             assert_eq!(image.stats.pages_received, 16);
             assert_eq!((image.stats.pages_unique, image.stats.pages_zero), (9, 0));
             assert_eq!(image.stats.pages_stored, 7);
-            let mut manifest = take.manifest();
+            let mut manifest = take.manifest(&name("dom0"));
             let mut member = sample_member("web-1");
             member.image = image;
             manifest.members.push(member);
@@ -615,11 +615,11 @@ fn a_manifest_that_does_not_fit_is_not_committed() {
         |m| m.format = 2,
     ];
     for spoil in spoil {
-        let take = lab.store.begin(&name("lab")).unwrap();
+        let mut take = lab.store.begin(&name("lab")).unwrap();
         let options = WriterOptions::default();
         let mut writer = MemberWriter::create(take.dir(), &name("web-1"), &options).unwrap();
         Ingest::new(&pv_live()[..]).run(&mut writer).unwrap();
-        let mut manifest = take.manifest();
+        let mut manifest = take.manifest(&name("dom0"));
         let mut member = sample_member("web-1");
         member.image = writer.finish(CONFIG).unwrap();
         manifest.members.push(member);
@@ -632,6 +632,7 @@ fn a_manifest_that_does_not_fit_is_not_committed() {
             .unwrap()
             .snapshots
             .is_empty());
+        drop(take);
         assert_eq!(lab.tmp_count(), 0);
     }
 }
@@ -834,4 +835,56 @@ fn free_space_is_told_in_bytes() {
     let lab = Lab::new();
     assert!(lab.store.free_bytes().unwrap() > 1 << 20);
     assert!(free_bytes(Path::new("/nonexistent/store")).unwrap() > 0);
+}
+
+#[test]
+fn what_was_voted_for_stays_until_the_outcome_is_known() {
+    let lab = Lab::new();
+    let id: SnapshotId = "20261121T023652Z".parse().unwrap();
+    let part = |vne: &str| {
+        let mut take = lab.store.begin_as(&name(vne), &id).unwrap();
+        let options = WriterOptions::default();
+        let mut writer = MemberWriter::create(take.dir(), &name("web-1"), &options).unwrap();
+        Ingest::new(&pv_live()[..]).run(&mut writer).unwrap();
+        let image = writer.finish(CONFIG).unwrap();
+        take.vote(vne.as_bytes()).unwrap();
+        image
+    };
+    // The process that voted is gone.
+    let image = part("lab");
+    part("lost.lab");
+    assert!(lab.store.begin_as(&name("lab"), &id).is_err());
+    lab.store.clean_tmp().unwrap();
+    let mut found = lab.store.in_doubt().unwrap();
+    // Nobody else takes care of them now.
+    assert!(lab.store.in_doubt().unwrap().is_empty());
+    found.sort_by(|a, b| a.1.cmp(&b.1));
+    let (lost, vote) = found.pop().unwrap();
+    assert_eq!(vote, b"lost.lab");
+    lost.discard().unwrap();
+    let (mut take, vote) = found.pop().unwrap();
+    assert_eq!(vote, b"lab");
+    assert!(lab
+        .store
+        .catalogue()
+        .list(None)
+        .unwrap()
+        .snapshots
+        .is_empty());
+
+    // Another host's member isn't stored here.
+    let mut manifest = take.manifest(&name("dom0"));
+    let mut here = sample_member("web-1");
+    here.image = image;
+    let mut elsewhere = sample_member("web-2");
+    elsewhere.host = name("dom1");
+    manifest.members = vec![here, elsewhere];
+    take.commit(&manifest).unwrap();
+    assert!(lab.store.in_doubt().unwrap().is_empty());
+    let snapshot = lab.store.catalogue().get(&name("lab"), &id).unwrap();
+    snapshot.verify().unwrap();
+    assert!(!snapshot.dir().join("vote.json").exists());
+    let refused = snapshot.member(&name("web-2")).map(drop);
+    assert!(matches!(refused, Err(Error::Elsewhere { .. })));
+    assert!(std::fs::read_dir(lab.tmp()).unwrap().next().is_none());
 }

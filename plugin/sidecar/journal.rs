@@ -78,6 +78,9 @@ pub struct JournalProcess {
 pub struct Record {
     /// The VNE.
     pub vne: String,
+    /// The host that leads the take, if that was said.
+    #[serde(default)]
+    pub leader: Option<String>,
     /// The process of the take.
     pub pid: u32,
     /// The store that it writes into.
@@ -413,6 +416,7 @@ mod tests {
             uuid: (*uuid).to_owned(),
         };
         Record {
+            leader: None,
             vne: vne.to_owned(),
             pid: std::process::id(),
             store: PathBuf::from("/nowhere"),

@@ -3,21 +3,14 @@
 use crate::domain::messages::CutTimes;
 use crate::domain::policy::Round;
 use crate::domain::{DomainFacts, DomainKind};
-use crate::image::{self, Cut, DomainType, Downtime, Member, MemberImage, Name};
+use crate::image::{self, DomainType, Downtime, Member, MemberImage, Name};
 
-/// The largest difference between two members' cuts, in ns.
-pub fn skew_ns(times: &[CutTimes]) -> u64 {
-    let cuts = times.iter().map(|times| times.suspended_ns);
-    let latest = cuts.clone().max().unwrap_or_default();
-    latest - cuts.min().unwrap_or_default()
-}
-
-/// The facts of the cut as a whole.
-pub fn cut(times: &[CutTimes], hold_ns: u64) -> Cut {
-    Cut {
-        skew_ns: skew_ns(times),
-        hold_ns,
-    }
+/// The largest difference between two members' cuts, in ns, given when each
+/// was, by one clock, in ns.
+pub fn skew_ns(cuts: &[i128]) -> u64 {
+    let latest = cuts.iter().max().copied().unwrap_or_default();
+    let earliest = cuts.iter().min().copied().unwrap_or_default();
+    u64::try_from(latest - earliest).unwrap_or(u64::MAX)
 }
 
 /// A member's phases of standing still, in ns. The first begins with the
@@ -33,6 +26,7 @@ pub fn downtime(times: &CutTimes) -> Downtime {
 
 /// One member's entry.
 pub fn member(
+    host: &Name,
     facts: &DomainFacts,
     rounds: &[Round],
     times: &CutTimes,
@@ -41,6 +35,7 @@ pub fn member(
     let precopied: u64 = rounds.iter().map(|round| round.pages).sum();
     Ok(Member {
         name: Name::new(&facts.name)?,
+        host: host.clone(),
         domid: facts.domid,
         uuid: facts.uuid.clone(),
         domain_type: match facts.kind {
@@ -64,17 +59,10 @@ pub fn member(
 mod tests {
     use super::*;
 
-    fn at(suspended_ns: u64) -> CutTimes {
-        CutTimes {
-            suspended_ns,
-            ..CutTimes::default()
-        }
-    }
-
     #[test]
     fn skew_is_between_the_first_and_the_last_not_neighbours() {
-        assert_eq!(skew_ns(&[at(50), at(10), at(30)]), 40);
-        assert_eq!(skew_ns(&[at(50)]), 0);
+        assert_eq!(skew_ns(&[50, 10, 30]), 40);
+        assert_eq!(skew_ns(&[50]), 0);
         assert_eq!(skew_ns(&[]), 0);
     }
 

@@ -1,19 +1,23 @@
 //! This host's part of a take: starts workers, owns the holds, keeps the
 //! journal, and carries out what the protocol's host machine asks for.
 
+use std::path::PathBuf;
 use std::process::Stdio;
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
-use super::engine::{Error, Progress, TakeRequest};
+use super::acting::{Heard, Which};
+use super::error::Error;
 use super::journal::{Journal, JournalDomain, Record, Register};
-use super::workers::{Heard, Program, Worker};
+use super::vote::Vote;
+use super::wire::{Attached, PartMember, Plan};
+use super::workers::{Program, Worker};
 use crate::clock::now_ns;
 use crate::cut::{HostAction, HostInput};
 use crate::domain::messages::{Command, CutTimes, Event};
 use crate::domain::policy::Round;
 use crate::domain::DomainFacts;
-use crate::image::{self, Manifest, MemberImage, Store};
+use crate::image::{self, Manifest, MemberImage, Name, Store};
 use crate::net::{self, Hold, HoldRecord, Nft, Rtnl};
 use crate::sentence::sentence;
 
@@ -31,9 +35,26 @@ struct Member {
     ended: bool,
 }
 
+/// Where a part is carried out.
+#[derive(Debug, Clone)]
+pub struct Place {
+    /// This host's name among those of the VNE.
+    pub host: Name,
+    /// The root of the image store.
+    pub store: PathBuf,
+    /// Xen's folder for what is gone after a reboot.
+    pub run_dir: PathBuf,
+    /// How workers are started.
+    pub program: Program,
+    /// How much of a member's last pages to keep in memory, in bytes.
+    pub final_buffer_bytes: usize,
+}
+
 /// One host's part of one take.
-pub(super) struct Part<'a> {
-    request: &'a TakeRequest,
+pub(super) struct Part {
+    place: Place,
+    plan: Plan,
+    which: Which,
     register: Register,
     store: Store,
     members: Vec<Member>,
@@ -44,17 +65,23 @@ pub(super) struct Part<'a> {
     holds: Vec<Hold>,
     journal: Option<Journal>,
     snapshot: Option<image::Take>,
+    /// What is said to be stored, once it is.
+    stored: Vec<PartMember>,
+    /// What the leader has decided on.
+    outcome: Option<Manifest>,
     blocked_ns: u64,
     held_ns: u64,
 }
 
-impl<'a> Part<'a> {
+impl Part {
     /// A part of which nothing exists yet.
-    pub fn new(request: &'a TakeRequest, register: Register, store: Store) -> Self {
-        Self {
-            request,
-            register,
-            store,
+    pub fn new(place: Place, plan: Plan, which: Which) -> Result<Self, Error> {
+        Ok(Self {
+            register: Register::open(&place.run_dir)?,
+            store: Store::open(&place.store)?,
+            place,
+            plan,
+            which,
             members: Vec::new(),
             xen_version: String::new(),
             rtnl: None,
@@ -62,20 +89,28 @@ impl<'a> Part<'a> {
             holds: Vec::new(),
             journal: None,
             snapshot: None,
+            stored: Vec::new(),
+            outcome: None,
             blocked_ns: 0,
             held_ns: 0,
-        }
+        })
+    }
+
+    /// What it's about.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// Takes in what the leader says that was decided.
+    pub fn outcome(&mut self, manifest: Manifest) {
+        self.outcome = Some(manifest);
     }
 
     /// Starts a worker for each member, to look at it.
     pub fn start_workers(&mut self, said: &Sender<Heard>) -> Result<(), Error> {
-        for (index, name) in self.request.members.iter().enumerate() {
-            let worker = Worker::start(&self.request.program, index, name, said.clone()).map_err(
-                |source| Error::Start {
-                    what: "start a worker",
-                    source,
-                },
-            )?;
+        for (index, name) in self.plan.members.iter().enumerate() {
+            let worker = Worker::start(&self.place.program, index, name.as_str(), said.clone())
+                .map_err(Error::start("start a worker"))?;
             self.members.push(Member {
                 worker,
                 facts: None,
@@ -88,28 +123,44 @@ impl<'a> Part<'a> {
         Ok(())
     }
 
-    /// What was seen of the members, once all have been looked at; refuses
-    /// what can't be captured.
-    pub fn looked_at(&self) -> Option<Result<Vec<DomainFacts>, Error>> {
+    /// Whether all members have been looked at, and can be captured.
+    pub fn looked_at(&self) -> Option<Result<(), Error>> {
         if self.members.iter().any(|member| member.facts.is_none()) {
             return None;
         }
-        let facts = self.facts();
-        if !self.request.memory_only {
-            if let Err(error) = refuse_writable_disks(&facts) {
-                return Some(Err(error));
-            }
+        Some(if self.plan.memory_only {
+            Ok(())
+        } else {
+            refuse_writable_disks(&self.facts())
+        })
+    }
+
+    /// What was seen of the members.
+    pub fn looked(&self) -> Attached {
+        Attached::Looked {
+            facts: self.facts(),
+            xen_version: self.xen_version.clone(),
         }
-        Some(Ok(facts))
+    }
+
+    /// How long frames were held.
+    pub fn held(&self) -> Attached {
+        Attached::Held {
+            hold_ns: self.held_ns,
+        }
+    }
+
+    /// What is stored.
+    pub fn stored(&self) -> Attached {
+        Attached::Part {
+            vne: self.plan.vne.clone(),
+            id: self.plan.id.clone(),
+            members: self.stored.clone(),
+        }
     }
 
     /// Takes in what a worker said.
-    pub fn hear(
-        &mut self,
-        index: usize,
-        event: Event,
-        progress: &mut dyn Progress,
-    ) -> Option<HostInput> {
+    pub fn hear(&mut self, index: usize, event: Event) -> Option<HostInput> {
         let member = self.members.get_mut(index)?;
         match event {
             Event::Prepared { facts, xen_version } => {
@@ -118,7 +169,6 @@ impl<'a> Part<'a> {
                 None
             }
             Event::Round { round, converged } => {
-                progress.round(index, round, converged);
                 member.rounds.push(round);
                 Some(HostInput::Round {
                     member: index,
@@ -126,12 +176,10 @@ impl<'a> Part<'a> {
                 })
             }
             Event::Cut(times) => {
-                progress.cut(index, &times);
                 member.times = Some(times);
                 Some(HostInput::Cut(index))
             }
             Event::Stored(image) => {
-                progress.stored(index);
                 member.stored = Some(*image);
                 Some(HostInput::Stored(index))
             }
@@ -150,7 +198,7 @@ impl<'a> Part<'a> {
         }
         member.ended = true;
         let status = member.worker.end(Instant::now() + WORKER_END_MAX);
-        let name = &self.request.members[index];
+        let name = self.plan.members.get(index)?;
         let mut why = match status {
             Some(status) => format!("the worker of '{name}' ended early ({status})"),
             None => format!("the worker of '{name}' is lost"),
@@ -165,7 +213,7 @@ impl<'a> Part<'a> {
     /// Carries out this host's part.
     pub fn act(&mut self, action: &HostAction) -> Result<Option<HostInput>, Error> {
         match action {
-            // Said by the engine; armed when the workers have looked.
+            // Not for here; armed when the workers have looked.
             HostAction::Say(_) | HostAction::Arm => Ok(None),
             HostAction::StartPrecopy => {
                 self.start_precopy()?;
@@ -195,13 +243,20 @@ impl<'a> Part<'a> {
                 self.tell_all(&Command::Finalise);
                 Ok(None)
             }
-            // The decision is made here, by this process: nobody is to be
-            // asked for it.
-            HostAction::Vote => Ok(Some(HostInput::Voted)),
-            // The decision itself has made it visible.
-            HostAction::Commit => Ok(Some(HostInput::Committed)),
+            HostAction::Vote => {
+                self.vote()?;
+                Ok(Some(HostInput::Voted))
+            }
+            HostAction::Commit => {
+                self.commit()?;
+                Ok(Some(HostInput::Committed))
+            }
             HostAction::Undo => {
-                self.undo();
+                self.bring_back();
+                if let Some(Err(error)) = self.snapshot.take().map(image::Take::discard) {
+                    // Half a snapshot is never listed; the next take tries again.
+                    log::warn!("{}", sentence(&error));
+                }
                 Ok(Some(HostInput::Undone))
             }
         }
@@ -211,7 +266,7 @@ impl<'a> Part<'a> {
     /// knows of it.
     pub fn arm(&mut self) -> Result<(), Error> {
         let facts = self.facts();
-        check_space(&self.request.store, &facts)?;
+        check_space(&self.place.store, &facts)?;
         let planned: Vec<HoldRecord> = facts
             .iter()
             .flat_map(|member| {
@@ -224,9 +279,10 @@ impl<'a> Part<'a> {
             })
             .collect();
         let record = Record {
-            vne: self.request.vne.clone(),
+            vne: self.plan.vne.to_string(),
+            leader: Some(self.plan.leader.to_string()),
             pid: std::process::id(),
-            store: self.request.store.clone(),
+            store: self.place.store.clone(),
             domains: facts.iter().map(JournalDomain::from).collect(),
             asked: false,
             workers: self
@@ -238,15 +294,14 @@ impl<'a> Part<'a> {
             restore: None,
         };
         let journal = self.register.enter(record)?;
-        start_guard(&self.request.program, &journal)?;
+        start_guard(&self.place.program, &journal)?;
         self.journal = Some(journal);
 
-        let vne = image::Name::new(&self.request.vne)?;
-        self.snapshot = Some(self.store.begin(&vne)?);
+        self.snapshot = Some(self.store.begin_as(&self.plan.vne, &self.plan.id)?);
         let rtnl = self.rtnl.insert(Rtnl::open()?);
         let nft = self.nft.insert(Nft::open()?);
         for hold in &planned {
-            let hold = Hold::prepare(rtnl, nft, hold, self.request.hold_bytes)?;
+            let hold = Hold::prepare(rtnl, nft, hold, self.plan.hold_bytes)?;
             self.holds.push(hold);
         }
         Ok(())
@@ -260,8 +315,8 @@ impl<'a> Part<'a> {
             };
             let order = Command::Precopy {
                 directory: snapshot.dir().to_owned(),
-                policy: self.request.policy,
-                final_buffer_bytes: self.request.final_buffer_bytes,
+                policy: self.plan.policy,
+                final_buffer_bytes: self.place.final_buffer_bytes,
             };
             member.worker.tell(&order).map_err(|source| {
                 Error::Failed(format!(
@@ -321,41 +376,58 @@ impl<'a> Part<'a> {
         Ok(())
     }
 
-    /// Makes the snapshot exist.
-    pub fn commit(&mut self, diverged: bool) -> Result<Manifest, Error> {
-        let gone = || Error::Failed(String::from("the snapshot in the making is gone"));
-        let snapshot = self.snapshot.take().ok_or_else(gone)?;
-        let mut manifest = snapshot.manifest();
-        manifest.tool_version = env!("CARGO_PKG_VERSION").to_owned();
-        manifest.xen_version.clone_from(&self.xen_version);
-        manifest.host = rustix::system::uname()
-            .nodename()
-            .to_string_lossy()
-            .into_owned();
-        manifest.label.clone_from(&self.request.label);
-        manifest.cut = super::manifest::cut(&self.times(), self.held_ns);
-        if diverged {
-            log::warn!("cut although not all members had converged");
-        }
+    /// All is stored: what it is, and unless this host leads and so decides by
+    /// itself, a vote that outlasts everything.
+    fn vote(&mut self) -> Result<(), Error> {
+        let mut stored = Vec::new();
         for member in &mut self.members {
             let (Some(facts), Some(times), Some(image)) =
                 (&member.facts, &member.times, member.stored.take())
             else {
-                return Err(gone());
+                return Err(lost());
             };
-            let entry = super::manifest::member(facts, &member.rounds, times, image)?;
-            manifest.members.push(entry);
+            let host = &self.place.host;
+            stored.push(PartMember {
+                entry: super::manifest::member(host, facts, &member.rounds, times, image)?,
+                suspended_ns: times.suspended_ns,
+            });
             member.ended = true;
         }
-        snapshot.commit(&manifest)?;
-        Ok(manifest)
+        self.stored = stored;
+        if self.plan.leader == self.place.host {
+            return Ok(());
+        }
+        let vote = Vote {
+            take: self.which.take,
+            session: self.which.session,
+            leader: self.plan.leader.clone(),
+            members: self.stored.clone(),
+        };
+        let snapshot = self.snapshot.as_mut().ok_or_else(lost)?;
+        snapshot.vote(&vote.encode()?)?;
+        // Nothing but the outcome is missing: for that, nobody has to be kept
+        // from using the members.
+        self.bring_back();
+        Ok(())
     }
 
-    fn times(&self) -> Vec<CutTimes> {
-        self.members
-            .iter()
-            .filter_map(|member| member.times)
-            .collect()
+    /// Makes the snapshot exist, by the decision of this host.
+    pub fn decide(&mut self, manifest: &Manifest) -> Result<(), Error> {
+        self.snapshot.as_mut().ok_or_else(lost)?.commit(manifest)?;
+        self.snapshot = None;
+        Ok(())
+    }
+
+    /// Makes the snapshot visible here, as was decided elsewhere.
+    fn commit(&mut self) -> Result<(), Error> {
+        let Some(snapshot) = &mut self.snapshot else {
+            // The decision itself has done it.
+            return Ok(());
+        };
+        let manifest = self.outcome.as_ref().ok_or_else(lost)?;
+        super::vote::commit(snapshot, &self.place.host, manifest, &self.stored)?;
+        self.snapshot = None;
+        Ok(())
     }
 
     fn facts(&self) -> Vec<DomainFacts> {
@@ -365,9 +437,9 @@ impl<'a> Part<'a> {
             .collect()
     }
 
-    /// Brings everything back to how it was, as far as something is left to
-    /// bring back. What can't be is left to the guard, with the journal.
-    pub fn undo(&mut self) {
+    /// Brings guests and network back to how they were, as far as something is
+    /// left to bring back. What can't be is left to the guard, with the journal.
+    pub fn bring_back(&mut self) {
         // First, since letting frames go may wait for the interfaces.
         self.tell_all(&Command::Abort);
         let mut undone = self.let_frames_go();
@@ -382,10 +454,8 @@ impl<'a> Part<'a> {
         }
         if self.journal.is_some() && !harmed.is_empty() {
             let asked = self.journal.as_ref().is_some_and(|j| j.record().asked);
-            undone &= recover(&self.request.program, &harmed, asked);
+            undone &= recover(&self.place.program, &harmed, asked);
         }
-        // An uncommitted snapshot is removed with its handle.
-        self.snapshot = None;
         if undone {
             if let Some(Err(error)) = self.journal.take().map(Journal::close) {
                 log::error!("{}", sentence(&error));
@@ -438,19 +508,14 @@ impl From<&DomainFacts> for JournalDomain {
     }
 }
 
-impl From<net::Error> for Error {
-    fn from(error: net::Error) -> Self {
-        Self::Failed(sentence(&error))
-    }
+fn lost() -> Error {
+    Error::Failed(String::from("the snapshot in the making is gone"))
 }
 
 /// Starts the guard of a journal and waits until it's there.
 pub fn start_guard(program: &Program, journal: &Journal) -> Result<(), Error> {
     use std::io::Read;
-    let start = |source| Error::Start {
-        what: "start the guard",
-        source,
-    };
+    let start = |source| Error::start("start the guard")(source);
     let folder = journal.folder().to_string_lossy().into_owned();
     let mut child = program
         .command(&["guard", "--", &folder])

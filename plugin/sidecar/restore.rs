@@ -13,11 +13,12 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::engine::{sweep, Error};
+use super::error::Error;
 use super::guard::{BUILDER_END_MAX, KILLED_END_MAX};
 use super::journal::{Journal, JournalDomain, Record, Register, RestoreStage};
 use super::part::start_guard;
 use super::signals;
+use super::take::sweep;
 use super::workers::{journal_process, Program, Words};
 use crate::image::{self, Name, Snapshot};
 use crate::sentence::sentence;
@@ -85,6 +86,7 @@ pub fn restore(
     };
     let record = Record {
         vne: manifest.vne.to_string(),
+        leader: None,
         pid: std::process::id(),
         store: request.store.clone(),
         domains: manifest.members.iter().map(domain).collect(),
@@ -443,6 +445,7 @@ mod tests {
             assert!(made.success());
             let record = Record {
                 vne: String::from("lab"),
+                leader: None,
                 pid: std::process::id(),
                 store: PathBuf::new(),
                 domains: Vec::new(),

@@ -1,6 +1,6 @@
 //! Ctrl-C and its like, as something to hear of.
 
-use super::engine::Error;
+use super::error::Error;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 

@@ -11,8 +11,9 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
+use super::acting::Heard;
 use super::journal::{start_ticks, JournalProcess};
-use crate::domain::messages::{self, Event};
+use crate::domain::messages;
 
 /// What is shown of a child's stderr to explain a failure.
 const LAST_WORDS_LINES_MAX: usize = 12;
@@ -49,17 +50,6 @@ impl Program {
             .process_group(0);
         command
     }
-}
-
-/// What the engine hears.
-#[derive(Debug)]
-pub enum Heard {
-    /// A worker said something.
-    Event(usize, Event),
-    /// A worker's end of the socket is closed: it has ended.
-    Gone(usize),
-    /// A signal asks to stop.
-    Interrupted,
 }
 
 /// A running worker.

@@ -66,6 +66,8 @@ pub struct Schedule {
     pub hosts: usize,
     /// Members on each.
     pub members: usize,
+    /// The last host has none: it only leads, or keeps the manifest.
+    pub idle: bool,
     /// Takes of all members, from possibly different hosts.
     pub takes: Vec<PlannedTake>,
     /// Messages lost, in a thousand.
@@ -111,6 +113,7 @@ impl Schedule {
             seed,
             hosts,
             members: rng.usize(1..=3),
+            idle: hosts > 1 && rng.u8(..4) == 0,
             takes,
             lost: pick(&mut rng, &[0, 0, 0, 20, 100, 300]),
             repeated: pick(&mut rng, &[0, 0, 20, 200]),
@@ -165,9 +168,11 @@ impl Schedule {
         with(&|s| s.late = 0);
         with(&|s| s.drift = 0);
         with(&|s| s.members = 1);
+        with(&|s| s.idle = false);
         if self.hosts > 1 {
             with(&|s| {
                 s.hosts -= 1;
+                s.idle &= s.hosts > 1;
                 s.faults.retain(|fault| fault.host < s.hosts);
                 s.takes.iter_mut().for_each(|take| take.host %= s.hosts);
             });

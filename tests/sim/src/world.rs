@@ -251,7 +251,8 @@ impl World {
                 killed_ns: 0,
             })
             .collect();
-        let members = (0..schedule.hosts * schedule.members)
+        let busy_hosts = schedule.hosts - usize::from(schedule.idle);
+        let members = (0..busy_hosts * schedule.members)
             .map(|index| Member {
                 host: index / schedule.members,
                 lives: true,
@@ -356,7 +357,8 @@ impl World {
     }
 
     fn members_of(&self, node: usize) -> std::ops::Range<usize> {
-        node * self.schedule.members..(node + 1) * self.schedule.members
+        let first = (node * self.schedule.members).min(self.members.len());
+        first..(first + self.schedule.members).min(self.members.len())
     }
 
     fn happen(&mut self, event: Event) {
@@ -474,7 +476,7 @@ impl World {
         let committed = self.nodes[node].disk.listed.contains_key(&take);
         if message.order == Order::Prepare && !committed {
             let session = Session(self.rng.u64(..));
-            let members = self.schedule.members;
+            let members = self.members_of(node).len();
             let (mut host, actions) = Host::begin(take, session, members, HOST_LIMITS, now);
             host.mutate(self.mutant);
             self.nodes[node]
@@ -536,8 +538,8 @@ impl World {
             false => OnDivergence::Abort,
         };
         let now = self.clock(node);
-        let hosts = self.schedule.hosts;
-        let (mut machine, actions) = Coordinator::begin(take, hosts, LIMITS, divergence, now);
+        let names: Vec<String> = (0..self.schedule.hosts).map(|n| n.to_string()).collect();
+        let (mut machine, actions) = Coordinator::begin(take, &names, LIMITS, divergence, now);
         machine.mutate(self.mutant);
         self.nodes[node].leads.insert(
             take,
