@@ -5,6 +5,7 @@ mod downtime;
 mod failure;
 mod input;
 mod loader;
+mod tcp;
 mod vne;
 mod whole;
 
@@ -73,6 +74,10 @@ const TWO_HOSTS: &[Check] = &[
     Check {
         name: "a_ring_over_two_hosts_turns",
         run: across::ring_turns,
+    },
+    Check {
+        name: "a_tcp_stream_between_hosts_tells_what_was_sent_again",
+        run: tcp::stream_tells,
     },
 ];
 
