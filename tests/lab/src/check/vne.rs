@@ -442,3 +442,34 @@ pub fn number(value: &Value, path: &str) -> Result<u64> {
         .and_then(Value::as_u64)
         .with_context(|| format!("no number at {path} in {value}"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hosts_are_named_only_where_there_are_two() {
+        assert_eq!(ONE_HOST.listed(), r#""ring0", "ring1", "ring2", "stream""#);
+        assert_eq!(
+            TWO_HOSTS.listed(),
+            r#""host0:ring0", "host1:ring1", "host0:ring2", "host1:ring3""#
+        );
+    }
+
+    #[test]
+    fn every_hop_of_the_ring_over_two_hosts_goes_over_the_wire() {
+        let ring = TWO_HOSTS.ring;
+        for (here, next) in ring.iter().zip(ring.iter().cycle().skip(1)) {
+            assert_ne!(here.host, next.host, "{} and {}", here.name, next.name);
+        }
+    }
+
+    #[test]
+    fn the_token_rests_with_every_station_in_turn() {
+        for placement in [&ONE_HOST, &TWO_HOSTS] {
+            let count = placement.ring.len() as u32;
+            let rests = (0..count).map(|time| time * placement.rest_every % count);
+            assert_eq!(rests.collect::<BTreeSet<u32>>().len() as u32, count);
+        }
+    }
+}
