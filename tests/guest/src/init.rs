@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use crate::clock::{boottime_ns, Pace};
 use crate::json::Json;
 use crate::status::{lock, Status};
-use crate::{dirty, sys, workload};
+use crate::{dirty, sys, tcp_counters, workload};
 
 const SETTINGS: &str = "/etc/vne";
 const INTERFACE: &str = "eth0";
@@ -66,6 +66,7 @@ fn set_up() -> Result<(), String> {
         json.text("name", &name);
         json
     });
+    status.add("tcp", tcp_counters::tell);
     let memory = dirty::start(&status, settings.dirty, settings.working_set_mib);
     status.serve()?;
     start_workload(&settings.workload, &status)?;

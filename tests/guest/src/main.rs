@@ -18,6 +18,7 @@ mod status;
 mod stream;
 mod sys;
 mod tcp_client;
+mod tcp_counters;
 mod tcp_server;
 mod tcp_stream;
 mod workload;

@@ -155,6 +155,14 @@ enum LabVerb {
         #[arg(value_parser = ["up", "down"])]
         state: String,
     },
+    /// Pull a host's plug, or bring it up again as it first was
+    Power {
+        /// The host: 0, 1, …
+        host: usize,
+        /// Whether it runs
+        #[arg(value_parser = ["on", "off"])]
+        state: String,
+    },
     /// Own a lab; started by `up`
     #[command(hide = true)]
     Supervise {
@@ -260,6 +268,10 @@ fn lab_verb(verb: LabVerb) -> Result<ExitCode> {
             print!("{text}");
         }
         LabVerb::Link { from, to, state } => Lab::attach()?.link(from, to, state == "up")?,
+        LabVerb::Power { host, state } => match state.as_str() {
+            "on" => Lab::attach()?.power_on(host)?,
+            _ => Lab::attach()?.power_off(host)?,
+        },
         LabVerb::Supervise { job } => {
             let job = serde_json::from_str(&job).context("cannot read the supervisor's job")?;
             lab::supervise(&job)?;
@@ -290,11 +302,16 @@ fn status(json: bool) -> Result<ExitCode> {
             let text = serde_json::to_string(lab.status()).context("cannot word the status")?;
             println!("{text}");
         }
-        Some(lab) => println!(
-            "up: {}; supervisor is process {}",
-            lab.status().shape,
-            lab.status().pid
-        ),
+        Some(lab) => {
+            println!(
+                "up: {}; supervisor is process {}",
+                lab.status().shape,
+                lab.status().pid
+            );
+            for host in &lab.status().off {
+                println!("host {host} is off");
+            }
+        }
         None => {
             println!("{}", if json { "null" } else { "nothing is up" });
             return Ok(ExitCode::from(1));

@@ -6,7 +6,7 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 
 use crate::check::{self, Tally};
-use crate::lab::{self, Flavour};
+use crate::lab;
 use crate::product;
 
 /// Runs the tests; `lab` chooses lab tests by name and leaves the rest out.
@@ -16,8 +16,8 @@ pub fn run(lab: Option<&str>, no_lab: bool) -> Result<ExitCode> {
         without_xen(&mut tally)?;
     }
     if !no_lab {
-        for flavour in [Flavour::Pv, Flavour::Pvh] {
-            check::run(flavour, lab.unwrap_or_default(), &mut tally)?;
+        for group in check::GROUPS {
+            check::run(group, lab.unwrap_or_default(), &mut tally)?;
         }
     }
     println!("{} passed, {} failed", tally.passed, tally.failed);

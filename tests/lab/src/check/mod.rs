@@ -1,9 +1,11 @@
 //! The lab tests: what the product promises, on real Xen.
 
+mod across;
 mod downtime;
 mod failure;
 mod input;
 mod loader;
+mod tcp;
 mod vne;
 mod whole;
 
@@ -14,6 +16,7 @@ use anyhow::{Context, Result};
 
 use crate::lab::{Flavour, Lab, Life, Shape};
 use crate::product;
+use vne::Placement;
 pub use vne::Vne;
 
 /// One test: what it shows, and how.
@@ -66,6 +69,18 @@ const PV: &[Check] = &[
     },
 ];
 
+/// Over two hosts.
+const TWO_HOSTS: &[Check] = &[
+    Check {
+        name: "a_ring_over_two_hosts_turns",
+        run: across::ring_turns,
+    },
+    Check {
+        name: "a_tcp_stream_between_hosts_tells_what_was_sent_again",
+        run: tcp::stream_tells,
+    },
+];
+
 const PVH: &[Check] = &[
     Check {
         name: "pvh_guests_go_on_through_snapshots",
@@ -74,6 +89,32 @@ const PVH: &[Check] = &[
     Check {
         name: "pvh_restores_as_it_was",
         run: whole::one_restore,
+    },
+];
+
+/// Checks that share a lab and the members in it.
+pub struct Group {
+    flavour: Flavour,
+    placement: &'static Placement,
+    checks: &'static [Check],
+}
+
+/// In this order, each in a lab of its own.
+pub const GROUPS: &[Group] = &[
+    Group {
+        flavour: Flavour::Pv,
+        placement: &vne::ONE_HOST,
+        checks: PV,
+    },
+    Group {
+        flavour: Flavour::Pv,
+        placement: &vne::TWO_HOSTS,
+        checks: TWO_HOSTS,
+    },
+    Group {
+        flavour: Flavour::Pvh,
+        placement: &vne::ONE_HOST,
+        checks: PVH,
     },
 ];
 
@@ -97,14 +138,11 @@ impl Tally {
     }
 }
 
-/// Runs the tests of a flavour whose name contains `filter`, or a part of it
+/// Runs the tests of a group whose name contains `filter`, or a part of it
 /// between commas.
-pub fn run(flavour: Flavour, filter: &str, tally: &mut Tally) -> Result<()> {
-    let checks = match flavour {
-        Flavour::Pv => PV,
-        Flavour::Pvh => PVH,
-    };
-    let chosen: Vec<&Check> = checks
+pub fn run(group: &Group, filter: &str, tally: &mut Tally) -> Result<()> {
+    let chosen: Vec<&Check> = group
+        .checks
         .iter()
         .filter(|check| filter.split(',').any(|part| check.name.contains(part)))
         .collect();
@@ -114,13 +152,17 @@ pub fn run(flavour: Flavour, filter: &str, tally: &mut Tally) -> Result<()> {
     let stage: PathBuf = product::stage()?;
     let measure = product::measure()?;
     let shape = Shape {
-        flavour,
+        flavour: group.flavour,
+        hosts: group.placement.hosts,
         ..Shape::default()
     };
     let lab = Lab::up(&shape, Life::Tied)?;
-    product::install(&lab, 0, &stage)?;
+    for host in 0..shape.hosts {
+        product::install(&lab, host, &stage)?;
+    }
     lab.put(0, &measure, "/usr/local/bin/measure")?;
-    let vne = Vne::start(lab).context("the VNE under test doesn't start")?;
+    let vne =
+        Vne::start_placed(lab, group.placement).context("the VNE under test doesn't start")?;
     for check in chosen {
         let start = Instant::now();
         let result = (check.run)(&vne).and_then(|told| vne.intact().map(|()| told));

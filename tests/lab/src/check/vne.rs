@@ -1,6 +1,7 @@
-//! The VNE under test: three stations that pass a token, and a fourth guest
-//! that sends a numbered datagram every two milliseconds.
+//! The VNE under test: stations that pass a token, all on one host with a guest
+//! that sends a numbered datagram every two milliseconds, or spread over two.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure, Context, Result};
@@ -8,56 +9,136 @@ use serde_json::Value;
 
 use crate::lab::{Guest, Lab};
 
-/// The stations of the ring, in its order.
-pub const RING: [&str; 3] = ["ring0", "ring1", "ring2"];
-/// The sender of the stream.
-pub const STREAM: &str = "stream";
-/// All members, as `take` is given them.
-pub const MEMBERS: &str = "ring0 ring1 ring2 stream";
 /// The name of the VNE.
 pub const NAME: &str = "lab";
 
 const STREAM_PORT: u16 = 9000;
-const RING_IPS: [&str; 3] = ["10.77.1.10", "10.77.1.11", "10.77.1.12"];
-const STREAM_IP: &str = "10.77.1.20";
+
+/// A guest, and where it is.
+#[derive(Clone, Copy)]
+pub struct Member {
+    /// The domain's name.
+    pub name: &'static str,
+    /// Its host.
+    pub host: usize,
+    /// Its address.
+    pub ip: &'static str,
+}
+
+const fn member(name: &'static str, host: usize, ip: &'static str) -> Member {
+    Member { name, host, ip }
+}
+
+/// Which members the VNE has, and where.
+pub struct Placement {
+    /// How many hosts.
+    pub hosts: usize,
+    /// The stations, in the ring's order.
+    ring: &'static [Member],
+    /// The sender of the stream.
+    stream: Option<Member>,
+    /// A number without a divisor in common with that of the stations: else it
+    /// would always be the same one that the token rests with.
+    rest_every: u32,
+}
+
+/// Three stations and a stream on the first host.
+pub const ONE_HOST: Placement = Placement {
+    hosts: 1,
+    ring: &[
+        member("ring0", 0, "10.77.1.10"),
+        member("ring1", 0, "10.77.1.11"),
+        member("ring2", 0, "10.77.1.12"),
+    ],
+    stream: Some(member("stream", 0, "10.77.1.20")),
+    rest_every: 8,
+};
+
+/// Four stations, so that every hop goes over the wire. No stream: each host
+/// has one processor only.
+pub const TWO_HOSTS: Placement = Placement {
+    hosts: 2,
+    ring: &[
+        member("ring0", 0, "10.77.1.10"),
+        member("ring1", 1, "10.77.1.11"),
+        member("ring2", 0, "10.77.1.12"),
+        member("ring3", 1, "10.77.1.13"),
+    ],
+    stream: None,
+    rest_every: 9,
+};
+
+impl Placement {
+    fn members(&self) -> impl Iterator<Item = &Member> {
+        self.ring.iter().chain(&self.stream)
+    }
+
+    /// What the configuration lists: without hosts when there's one only.
+    fn listed(&self) -> String {
+        let word = |member: &Member| match self.hosts {
+            1 => format!("\"{}\"", member.name),
+            _ => format!("\"host{}:{}\"", member.host, member.name),
+        };
+        self.members().map(word).collect::<Vec<_>>().join(", ")
+    }
+}
 
 /// A lab with the VNE in it.
 pub struct Vne {
     /// The lab.
     pub lab: Lab,
+    placement: &'static Placement,
 }
 
 impl Vne {
-    /// Starts the guests.
+    /// Starts the guests on one host.
     pub fn start(lab: Lab) -> Result<Self> {
-        let vne = Self { lab };
+        Self::start_placed(lab, &ONE_HOST)
+    }
+
+    /// Starts the guests where they belong.
+    pub fn start_placed(lab: Lab, placement: &'static Placement) -> Result<Self> {
+        let vne = Self { lab, placement };
         // In a lab that was up already.
         vne.destroy()?;
-        vne.sh("mkdir -p /etc/xen/vne")?;
-        vne.sh(&format!(
-            "printf 'members = [ %s ]\\n' '{}' > /etc/xen/vne/{NAME}.cfg",
-            MEMBERS
-                .split(' ')
-                .map(|name| format!("\"{name}\""))
-                .collect::<Vec<_>>()
-                .join(", ")
-        ))?;
+        for host in 0..placement.hosts {
+            vne.configure(host)?;
+        }
         vne.start_guests()?;
         Ok(vne)
     }
 
+    /// Tells a host which members there are.
+    pub fn configure(&self, host: usize) -> Result<()> {
+        self.sh_on(host, "mkdir -p /etc/xen/vne")?;
+        self.sh_on(
+            host,
+            &format!(
+                "printf 'members = [ %s ]\\n' '{}' > /etc/xen/vne/{NAME}.cfg",
+                self.placement.listed()
+            ),
+        )
+        .map(drop)
+    }
+
     fn start_guests(&self) -> Result<()> {
-        let peers = RING_IPS.join(",");
+        let ring = self.placement.ring;
+        let ips: Vec<&str> = ring.iter().map(|member| member.ip).collect();
+        let peers = ips.join(",");
         let mut guests = Vec::new();
-        for (index, (name, ip)) in RING.iter().zip(RING_IPS).enumerate() {
+        for (index, member) in ring.iter().enumerate() {
             // Longer than restored guests take to connect to the network again:
             // what is sent before that is lost.
-            let line =
-                format!("ring --index {index} --peers {peers} --rest-every 8 --rest-ms 4000");
-            guests.push((0, guest(name, ip, 500, &line)?));
+            let line = format!(
+                "ring --index {index} --peers {peers} --rest-every {} --rest-ms 4000",
+                self.placement.rest_every
+            );
+            guests.push((member.host, guest(member, 500, &line)?));
         }
-        let line = format!("stream --to 10.77.0.1:{STREAM_PORT} --interval-us 2000");
-        guests.push((0, guest(STREAM, STREAM_IP, 500, &line)?));
+        if let Some(member) = &self.placement.stream {
+            let line = format!("stream --to 10.77.0.1:{STREAM_PORT} --interval-us 2000");
+            guests.push((member.host, guest(member, 500, &line)?));
+        }
         self.lab.guests(&guests)?;
         self.turning(Duration::from_secs(60))
     }
@@ -69,12 +150,35 @@ impl Vne {
         self.start_guests()
     }
 
-    /// Runs a shell line in dom0.
+    /// Runs a shell line in the first host's dom0.
     pub fn sh(&self, line: &str) -> Result<String> {
-        self.lab.run(0, line)
+        self.sh_on(0, line)
     }
 
-    /// Runs a shell line in dom0 that must fail, and returns its exit status
+    /// Runs a shell line in a host's dom0.
+    pub fn sh_on(&self, host: usize, line: &str) -> Result<String> {
+        self.lab.run(host, line)
+    }
+
+    /// Runs a shell line in every host's dom0, in all at once, and returns what
+    /// each printed.
+    pub fn everywhere(&self, line: &str) -> Result<Vec<String>> {
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..self.placement.hosts)
+                .map(|host| scope.spawn(move || self.sh_on(host, line)))
+                .collect();
+            threads
+                .into_iter()
+                .map(|thread| {
+                    thread
+                        .join()
+                        .unwrap_or_else(|_| bail!("running a command has panicked"))
+                })
+                .collect()
+        })
+    }
+
+    /// Runs a shell line in the first host's dom0 that must fail, and returns its exit status
     /// and everything that it printed.
     pub fn sh_fails(&self, line: &str) -> Result<(i32, String)> {
         let output = self.lab.sh(0, &format!("{{ {line}; }} 2>&1"))?;
@@ -89,33 +193,42 @@ impl Vne {
         serde_json::from_str(&text).with_context(|| format!("take printed {text}"))
     }
 
-    /// Destroys all members.
+    /// Destroys all members, on whichever host they are.
     pub fn destroy(&self) -> Result<()> {
-        self.sh(&format!(
-            "for d in {MEMBERS}; do xl domid $d >/dev/null 2>&1 && xl destroy $d; done; true"
+        let names: Vec<&str> = self.placement.members().map(|m| m.name).collect();
+        self.everywhere(&format!(
+            "for d in {}; do xl domid $d >/dev/null 2>&1 && xl destroy $d; done; true",
+            names.join(" ")
         ))
         .map(drop)
     }
 
-    /// What a guest tells of itself.
-    pub fn ask(&self, ip: &str) -> Result<Value> {
-        let text = self.sh(&format!("vne-guest ask {ip}"))?;
-        serde_json::from_str(&text).with_context(|| format!("{ip} said {text}"))
+    /// What a guest tells of itself to the dom0 of its own host, which no wire
+    /// between hosts keeps from it.
+    pub fn ask(&self, member: &Member) -> Result<Value> {
+        let text = self.sh_on(member.host, &format!("vne-guest ask {}", member.ip))?;
+        serde_json::from_str(&text).with_context(|| format!("{} said {text}", member.name))
+    }
+
+    /// The stations, in the ring's order.
+    pub fn ring(&self) -> &'static [Member] {
+        self.placement.ring
     }
 
     /// What one of the stations tells.
     pub fn station(&self, index: usize) -> Result<Value> {
-        self.ask(RING_IPS[index])
+        let member = self.ring().get(index);
+        self.ask(member.with_context(|| format!("there's no station {index}"))?)
     }
 
     /// What the stations tell, in the ring's order.
     pub fn stations(&self) -> Result<Vec<Value>> {
-        (0..RING.len()).map(|index| self.station(index)).collect()
+        self.ring().iter().map(|member| self.ask(member)).collect()
     }
 
     /// How many tokens the first station has seen.
     pub fn received(&self) -> Result<u64> {
-        number(&self.ask(RING_IPS[0])?, "/ring/received")
+        number(&self.station(0)?, "/ring/received")
     }
 
     /// Waits until the token has come round, on which it rests for 4 s at most
@@ -144,67 +257,104 @@ impl Vne {
         Ok(())
     }
 
-    /// No frame waits anywhere.
-    pub fn no_hold(&self) -> Result<()> {
-        // The lab has a table of its own.
-        let held =
-            self.sh("ip -br link | grep vneh; nft list tables | grep -v 'netdev lab$'; true")?;
-        ensure!(held.is_empty(), "a hold is left: {held}");
+    /// No station has received what the one before it hasn't sent. Each is asked
+    /// before its sender is, so that a token that moves meanwhile can't look like
+    /// an orphan, and one that is an orphan can't look well.
+    pub fn no_orphan(&self) -> Result<()> {
+        let count = self.ring().len();
+        let asked: Vec<Value> = (0..=count)
+            .map(|step| self.station((count - 1 + step * (count - 1)) % count))
+            .collect::<Result<_>>()?;
+        for pair in asked.windows(2) {
+            let received = pair[0]["ring"]["last_received"].as_u64();
+            let sent = pair[1]["ring"]["last_sent"].as_u64();
+            ensure!(
+                received <= sent,
+                "received {received:?}, sent {sent:?}: {pair:?}"
+            );
+        }
         Ok(())
     }
 
-    /// All members run, and nothing of a take is left in this dom0. True
+    /// Fails when a shell line prints something in any host's dom0.
+    fn silent(&self, line: &str, what: &str) -> Result<()> {
+        for (host, printed) in self.everywhere(line)?.iter().enumerate() {
+            ensure!(printed.is_empty(), "host {host}: {what}:\n{printed}");
+        }
+        Ok(())
+    }
+
+    /// No frame waits anywhere.
+    pub fn no_hold(&self) -> Result<()> {
+        // The lab has a table of its own.
+        self.silent(
+            "ip -br link | grep vneh; nft list tables | grep -v 'netdev lab$'; true",
+            "a hold is left",
+        )
+    }
+
+    /// All members run, and nothing of a take is left in any dom0. True
     /// between any two tests.
     pub fn intact(&self) -> Result<()> {
         self.nothing_left()?;
         self.all_run()
     }
 
-    /// No member exists, and nothing of a restore is left in this dom0.
+    /// No member exists, and nothing of a restore is left in any dom0.
     pub fn nothing_there(&self) -> Result<()> {
         self.nothing_left()?;
-        let domains = self.sh("xl list | tail -n +3")?;
-        ensure!(domains.is_empty(), "there are domains:\n{domains}");
-        Ok(())
+        self.silent("xl list | tail -n +3", "there are domains")
     }
 
     fn nothing_left(&self) -> Result<()> {
         self.no_hold()?;
-        let left = self.sh("tc qdisc show | grep plug; \
+        self.silent(
+            "tc qdisc show | grep plug; \
              ls -A /var/run/xen/vne | grep -v '^register$'; \
              ls -A /var/lib/xen-vne/tmp 2>/dev/null; ls -A /var/lib/xen | grep -v '^userdata'; \
              ps -eo args | grep -E '[v]ne-(worker|guard|save)|[l]ibxl-save-helper'; \
-             xenstore-ls -f | grep -E 'control/shutdown = \"suspend\"'; true")?;
-        ensure!(left.is_empty(), "something is left:\n{left}");
-        Ok(())
+             xenstore-ls -f | grep -E 'control/shutdown = \"suspend\"'; true",
+            "something is left",
+        )
     }
 
-    /// All members run, and each has the process of xl's that acts on its
-    /// `on_reboot` and the like.
+    /// All members run on their hosts, and each has the process of xl's that
+    /// acts on its `on_reboot` and the like.
     pub fn all_run(&self) -> Result<()> {
-        let monitors = self.sh("pgrep -fc '/xl (create|restore) '; true")?;
-        ensure!(
-            monitors.trim() == MEMBERS.split(' ').count().to_string(),
-            "there are {} monitors of xl's",
-            monitors.trim()
-        );
-        let list = self.sh("xl list")?;
-        for name in MEMBERS.split(' ') {
-            let state = list
-                .lines()
-                .find(|line| line.split_whitespace().next() == Some(name))
-                .and_then(|line| line.split_whitespace().nth(4));
-            match state {
-                Some(state) if !state.contains(['s', 'p', 'c', 'd']) => {}
-                other => bail!("{name} is {other:?}:\n{list}"),
+        let monitors = self.everywhere("pgrep -fc '/xl (create|restore) '; true")?;
+        let lists = self.everywhere("xl list")?;
+        for (host, (monitors, list)) in monitors.iter().zip(&lists).enumerate() {
+            let members: Vec<&Member> = self
+                .placement
+                .members()
+                .filter(|member| member.host == host)
+                .collect();
+            ensure!(
+                monitors.trim() == members.len().to_string(),
+                "host {host}: there are {} monitors of xl's",
+                monitors.trim()
+            );
+            for member in members {
+                running(list, member.name).with_context(|| format!("host {host}"))?;
             }
         }
         Ok(())
     }
 
-    /// The snapshots that are listed.
+    /// The snapshots that any host lists, each once.
     pub fn listed(&self) -> Result<Vec<String>> {
-        let text = self.sh("xl vne-snapshot list --json")?;
+        let mut all = Vec::new();
+        let mut seen = BTreeSet::new();
+        for host in 0..self.placement.hosts {
+            let listed = self.listed_on(host)?;
+            all.extend(listed.into_iter().filter(|name| seen.insert(name.clone())));
+        }
+        Ok(all)
+    }
+
+    /// The snapshots that a host lists.
+    pub fn listed_on(&self, host: usize) -> Result<Vec<String>> {
+        let text = self.sh_on(host, "xl vne-snapshot list --json")?;
         let list: Vec<Value> = serde_json::from_str(&text)?;
         let id = |snapshot: &Value| {
             let text = |key: &str| snapshot[key].as_str().unwrap_or_default().to_owned();
@@ -215,9 +365,15 @@ impl Vne {
 
     /// Deletes all snapshots.
     pub fn remove_all(&self) -> Result<()> {
-        let listed = self.listed()?;
-        if !listed.is_empty() {
-            self.sh(&format!("xl vne-snapshot remove {}", listed.join(" ")))?;
+        for host in 0..self.placement.hosts {
+            // Only now: another host may have removed it with its own.
+            let listed = self.listed_on(host)?;
+            if !listed.is_empty() {
+                self.sh_on(
+                    host,
+                    &format!("xl vne-snapshot remove {}", listed.join(" ")),
+                )?;
+            }
         }
         Ok(())
     }
@@ -247,21 +403,35 @@ impl Vne {
         let line = "xl list; ls -laR /var/run/xen/vne; ip -br link; tc qdisc show; \
                     df -h / | tail -1; ps -eo pid,args | grep -E '[v]ne-|[s]ave-helper'; \
                     tail -n 5 /var/log/xen/xl-*.log; dmesg | tail -n 10";
-        match self.lab.sh(0, line) {
-            Ok(output) => String::from_utf8_lossy(&output.stdout).into_owned(),
-            Err(error) => format!("dom0 doesn't answer: {error:#}"),
-        }
+        let one = |host: usize| match self.lab.sh(host, line) {
+            Ok(output) => format!("host{host}:\n{}", String::from_utf8_lossy(&output.stdout)),
+            Err(error) => format!("host{host}: dom0 doesn't answer: {error:#}\n"),
+        };
+        (0..self.placement.hosts).map(one).collect()
     }
 }
 
-fn guest(name: &str, ip: &str, dirty: u32, workload: &str) -> Result<Guest> {
+/// Fails unless `xl list` says that a domain runs.
+fn running(list: &str, name: &str) -> Result<()> {
+    let state = list
+        .lines()
+        .find(|line| line.split_whitespace().next() == Some(name))
+        .and_then(|line| line.split_whitespace().nth(4));
+    match state {
+        Some(state) if !state.contains(['s', 'p', 'c', 'd']) => Ok(()),
+        other => bail!("{name} is {other:?}:\n{list}"),
+    }
+}
+
+/// A small guest, as all members are.
+pub fn guest(member: &Member, dirty: u32, workload: &str) -> Result<Guest> {
     Ok(Guest {
         memory_mib: 128,
         working_set_mib: 32,
         dirty_pages_per_s: dirty,
-        ip: Some(ip.parse()?),
+        ip: Some(member.ip.parse()?),
         workload: workload.split(' ').map(str::to_owned).collect(),
-        ..Guest::new(name)
+        ..Guest::new(member.name)
     })
 }
 
@@ -271,4 +441,35 @@ pub fn number(value: &Value, path: &str) -> Result<u64> {
         .pointer(path)
         .and_then(Value::as_u64)
         .with_context(|| format!("no number at {path} in {value}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hosts_are_named_only_where_there_are_two() {
+        assert_eq!(ONE_HOST.listed(), r#""ring0", "ring1", "ring2", "stream""#);
+        assert_eq!(
+            TWO_HOSTS.listed(),
+            r#""host0:ring0", "host1:ring1", "host0:ring2", "host1:ring3""#
+        );
+    }
+
+    #[test]
+    fn every_hop_of_the_ring_over_two_hosts_goes_over_the_wire() {
+        let ring = TWO_HOSTS.ring;
+        for (here, next) in ring.iter().zip(ring.iter().cycle().skip(1)) {
+            assert_ne!(here.host, next.host, "{} and {}", here.name, next.name);
+        }
+    }
+
+    #[test]
+    fn the_token_rests_with_every_station_in_turn() {
+        for placement in [&ONE_HOST, &TWO_HOSTS] {
+            let count = placement.ring.len() as u32;
+            let rests = (0..count).map(|time| time * placement.rest_every % count);
+            assert_eq!(rests.collect::<BTreeSet<u32>>().len() as u32, count);
+        }
+    }
 }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{bail, ensure, Result};
 use serde_json::Value;
 
-use super::vne::{number, Vne, NAME, RING};
+use super::vne::{number, Vne, NAME};
 
 /// Snapshots that stay for the restores that follow.
 const KEPT: usize = 10;
@@ -98,7 +98,7 @@ fn restore(vne: &Vne, snapshot: &str) -> Result<u64> {
     vne.destroy()?;
     vne.sh(&format!("xl vne-snapshot restore -q {snapshot}"))?;
     vne.all_run()?;
-    no_orphan(vne)?;
+    vne.no_orphan()?;
     let received = |stations: &[Value]| -> Result<u64> {
         let mut sum = 0;
         for station in stations {
@@ -131,24 +131,6 @@ fn holds(station: &Value) -> bool {
     station["ring"]["holding"].as_bool() == Some(true)
 }
 
-/// No station has received what the one before it hasn't sent. Each is asked
-/// before its sender is, so that a token that moves meanwhile can't look like
-/// an orphan, and one that is an orphan can't look well.
-fn no_orphan(vne: &Vne) -> Result<()> {
-    let asked: Vec<Value> = (0..=RING.len())
-        .map(|step| vne.station((RING.len() - 1 + step * (RING.len() - 1)) % RING.len()))
-        .collect::<Result<_>>()?;
-    for pair in asked.windows(2) {
-        let received = pair[0]["ring"]["last_received"].as_u64();
-        let sent = pair[1]["ring"]["last_sent"].as_u64();
-        ensure!(
-            received <= sent,
-            "received {received:?}, sent {sent:?}: {pair:?}"
-        );
-    }
-    Ok(())
-}
-
 /// A member as a plain save file.
 pub fn export_is_stock(vne: &Vne) -> Result<String> {
     vne.sh("rm -rf /root/export; mkdir -m 700 /root/export")?;
@@ -162,7 +144,7 @@ pub fn export_is_stock(vne: &Vne) -> Result<String> {
         // A file of xl: its own header in front of libxl's stream.
         let verified = vne.sh("verify-stream-v2 -f xl -i /root/export/ring1 2>&1")?;
         vne.sh("xl destroy ring1; /usr/lib/xen-4.17/bin/xl.stock restore /root/export/ring1 2>&1")?;
-        let station = vne.ask("10.77.1.11")?;
+        let station = vne.station(1)?;
         ensure!(number(&station, "/memory/corrupt")? == 0, "{station}");
         let size = vne.sh("stat -c %s /root/export/ring1")?;
         Ok(format!(

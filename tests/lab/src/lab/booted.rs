@@ -85,7 +85,7 @@ impl Booted {
 fn boot(out: &Path, image: &Image, platform: &Platform, key: &Path) -> Result<()> {
     let files = Files::new(out, 0);
     qemu::overlay(&image.disk(), "raw", &files.disk())?;
-    let mut machine = Machine::start(platform, &files, None)?;
+    let mut machine = Machine::start(platform, &files, None, None)?;
     let ssh = Ssh {
         host: 0,
         port: machine.ssh_port,

@@ -172,7 +172,11 @@ impl Port {
                 Ok(_) => {}
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return dropped,
                 // The host isn't there (yet): its frames are lost, as on any wire.
-                Err(_) => dropped += 1,
+                // When it comes back it's with another socket.
+                Err(_) => {
+                    self.connected = false;
+                    dropped += 1;
+                }
             }
             self.queue.pop_front();
         }
@@ -229,6 +233,51 @@ mod tests {
 
         stop.store(true, Ordering::Relaxed);
         assert!(thread.join().is_ok());
+        std::fs::remove_dir_all(dir)?;
+        Ok(())
+    }
+
+    #[test]
+    fn a_host_that_was_away_gets_frames_again_and_none_from_meanwhile() -> Result<()> {
+        let dir = std::env::temp_dir().join(format!("xl-vne-hub-away-{}", std::process::id()));
+        std::fs::create_dir_all(&dir)?;
+        let nic = |number: usize| dir.join(format!("nic{number}"));
+        let plugs = (0..2).map(|number| Plug {
+            port: dir.join(format!("port{number}")),
+            nic: nic(number),
+        });
+        let mut hub = Hub::bind(plugs.collect(), Links::default())?;
+        let mut buffer = vec![0u8; FRAME_MAX];
+        let mut pass = || {
+            hub.receive(0, &mut buffer);
+            for port in &mut hub.ports {
+                port.flush();
+            }
+        };
+        let sender = UnixDatagram::bind(nic(0))?;
+        let send = |text: &[u8]| sender.send_to(text, dir.join("port0"));
+        let plug_in = || -> Result<UnixDatagram> {
+            let socket = UnixDatagram::bind(nic(1))?;
+            socket.set_read_timeout(Some(Duration::from_millis(500)))?;
+            Ok(socket)
+        };
+
+        let receiver = plug_in()?;
+        send(b"one")?;
+        pass();
+        assert_eq!(receive(&receiver).as_deref(), Some(&b"one"[..]));
+
+        drop(receiver);
+        std::fs::remove_file(nic(1))?;
+        for text in [b"two", b"2nd"] {
+            send(text)?;
+            pass();
+        }
+
+        let receiver = plug_in()?;
+        send(b"three")?;
+        pass();
+        assert_eq!(receive(&receiver).as_deref(), Some(&b"three"[..]));
         std::fs::remove_dir_all(dir)?;
         Ok(())
     }

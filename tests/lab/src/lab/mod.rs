@@ -204,6 +204,7 @@ impl Lab {
                 phase: Phase::Starting,
                 tied: job.tied,
                 hosts: Vec::new(),
+                off: Vec::new(),
             },
             supervisor: Some(supervisor),
             initrd: Mutex::new(None),
@@ -440,6 +441,44 @@ impl Lab {
         supervisor::ask(&self.run, &Request::Link { from, to, up })?
             .map(drop)
             .context("the lab has gone")
+    }
+
+    /// Pulls a host's plug: its dom0 and guests are gone at once, as is what
+    /// its disk had.
+    pub fn power_off(&self, host: usize) -> Result<()> {
+        self.power(host, false)
+    }
+
+    /// Brings a host up again as it first was: nothing is left of what was
+    /// installed or running there.
+    pub fn power_on(&self, host: usize) -> Result<()> {
+        self.power(host, true)?;
+        self.install_tool(host)
+    }
+
+    fn power(&self, host: usize, on: bool) -> Result<()> {
+        self.ssh(host)?;
+        let deadline = Instant::now() + UP_LIMIT;
+        let mut request = Request::Power { host, on };
+        loop {
+            let status = supervisor::ask(&self.run, &request)?.context("the lab has gone")?;
+            if let Phase::Failed(why) = &status.phase {
+                bail!("the lab failed: {why}");
+            }
+            // The answer to the request is from before it was acted on.
+            if matches!(request, Request::Status) && status.off.contains(&host) != on {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                bail!(
+                    "host {host} isn't {} after {} s",
+                    if on { "up" } else { "off" },
+                    UP_LIMIT.as_secs()
+                );
+            }
+            request = Request::Status;
+            std::thread::sleep(Duration::from_millis(50));
+        }
     }
 
     /// Ends the lab.

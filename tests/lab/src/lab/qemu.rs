@@ -160,8 +160,13 @@ pub struct Machine {
 
 impl Machine {
     /// Starts an emulator; with `state` it doesn't boot but carries on from
-    /// that file.
-    pub fn start(platform: &Platform, files: &Files, state: Option<&Path>) -> Result<Self> {
+    /// that file. Without `ssh_port` it's any free one.
+    pub fn start(
+        platform: &Platform,
+        files: &Files,
+        state: Option<&Path>,
+        ssh_port: Option<u16>,
+    ) -> Result<Self> {
         for path in [&platform.kernel, &platform.initrd] {
             // QEMU splits its list of boot modules there, and knows no quotes.
             if path.to_string_lossy().contains([',', ' ']) {
@@ -171,7 +176,7 @@ impl Machine {
                 );
             }
         }
-        let ssh_port = free_port()?;
+        let ssh_port = ssh_port.map_or_else(free_port, Ok)?;
         for socket in [files.qmp(), files.console_socket(), files.nic()] {
             check_socket_path(&socket)?;
             // It's fine when there was none.

@@ -3,6 +3,7 @@
 //!
 //! It's asked over a Unix socket, one JSON line each way.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -59,8 +60,12 @@ pub struct Status {
     pub phase: Phase,
     /// Whether it ends with the process that started it.
     pub tied: bool,
-    /// The way into each host that is up.
+    /// The way into each host that has come up; it stays the same when the
+    /// host is switched off and on.
     pub hosts: Vec<Ssh>,
+    /// The hosts that are switched off, or not up again yet.
+    #[serde(default)]
+    pub off: Vec<usize>,
 }
 
 /// How far a lab is.
@@ -91,6 +96,14 @@ pub enum Request {
         to: usize,
         /// Whether they pass.
         up: bool,
+    },
+    /// Pull a host's plug, or start it afresh; [`Status::off`] tells when
+    /// that's done.
+    Power {
+        /// Which one.
+        host: usize,
+        /// Whether it's to run.
+        on: bool,
     },
 }
 
@@ -148,9 +161,32 @@ struct Shared {
     status: Arc<Mutex<Status>>,
     stop: Arc<AtomicBool>,
     links: Links,
+    /// The hosts that are to be off.
+    unplugged: Arc<Mutex<BTreeSet<usize>>>,
 }
 
 impl Shared {
+    fn power(&self, host: usize, on: bool) {
+        let mut unplugged = self
+            .unplugged
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if on {
+            unplugged.remove(&host);
+        } else {
+            unplugged.insert(host);
+        }
+    }
+
+    /// Whether a host is to run.
+    fn powered(&self, host: usize) -> bool {
+        let unplugged = self
+            .unplugged
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        !unplugged.contains(&host)
+    }
+
     fn update(&self, change: impl FnOnce(&mut Status)) {
         change(&mut self.status.lock().unwrap_or_else(PoisonError::into_inner));
     }
@@ -160,6 +196,7 @@ impl Shared {
             Request::Status => {}
             Request::Down => self.stop.store(true, Ordering::Relaxed),
             Request::Link { from, to, up } => self.links.set(*from, *to, *up),
+            Request::Power { host, on } => self.power(*host, *on),
         }
         self.status
             .lock()
@@ -186,9 +223,11 @@ pub fn supervise(job: &Job) -> Result<()> {
             phase: Phase::Starting,
             tied: job.tied,
             hosts: Vec::new(),
+            off: Vec::new(),
         })),
         stop: Arc::new(AtomicBool::new(false)),
         links: Links::default(),
+        unplugged: Arc::default(),
     };
     let server = shared.clone();
     std::thread::spawn(move || serve(&listener, &server));
@@ -260,38 +299,78 @@ fn run(job: &Job, shared: &Shared) -> Result<()> {
     for files in &files {
         // Of an earlier lab; it's fine when there was none.
         let _ = std::fs::remove_file(files.console());
-        qemu::overlay(&job.disk, "qcow2", &files.disk())?;
-        machines.push(Machine::start(&job.platform, files, Some(&job.state))?);
+        machines.push(start(job, files, None)?);
     }
-    let mut masters = Vec::new();
-    for (host, machine) in machines.iter_mut().enumerate() {
-        let files = Files::new(&job.run, host);
-        await_running(machine, shared)?;
-        let ssh = Ssh {
-            host,
-            port: machine.ssh_port,
-            key: job.ssh_key.clone(),
-            socket: files.ssh(),
-        };
-        let master = ssh
-            .start_master()
-            .with_context(|| format!("host {host} doesn't answer; {}", machine.last_words()))?;
-        masters.push(Ended(master));
-        process::capture(&mut ssh.command(&identity(host)?))
-            .with_context(|| format!("cannot tell host {host} who it is"))?;
-        shared.update(|status| status.hosts.push(ssh));
+    let mut hosts = Vec::new();
+    for (host, machine) in machines.into_iter().enumerate() {
+        let running = Running::come_up(job, shared, host, machine)?;
+        shared.update(|status| status.hosts.push(running.ssh.clone()));
+        hosts.push((running.ssh.port, Some(running)));
         if shared.stop.load(Ordering::Relaxed) {
             return Ok(());
         }
     }
     shared.update(|status| status.phase = Phase::Ready);
     while !shared.stop.load(Ordering::Relaxed) {
-        for machine in &mut machines {
-            machine.check()?;
+        for (host, (port, running)) in hosts.iter_mut().enumerate() {
+            match (running.as_mut(), shared.powered(host)) {
+                (Some(running), true) => running.machine.check()?,
+                (Some(_), false) => {
+                    *running = None;
+                    shared.update(|status| status.off.push(host));
+                }
+                (None, true) => {
+                    // Whoever knows the way in keeps it: so the same port.
+                    let machine = start(job, &Files::new(&job.run, host), Some(*port))?;
+                    *running = Some(Running::come_up(job, shared, host, machine)?);
+                    shared.update(|status| status.off.retain(|other| *other != host));
+                }
+                (None, false) => {}
+            }
         }
         std::thread::sleep(TICK);
     }
     Ok(())
+}
+
+/// Starts a host from the kept state, on a disk as it was then.
+fn start(job: &Job, files: &Files, ssh_port: Option<u16>) -> Result<Machine> {
+    qemu::overlay(&job.disk, "qcow2", &files.disk())?;
+    Machine::start(&job.platform, files, Some(&job.state), ssh_port)
+}
+
+/// A host that is up.
+struct Running {
+    ssh: Ssh,
+    machine: Machine,
+    _master: Master,
+}
+
+impl Running {
+    /// Waits until a host can be used, and tells it who it is.
+    fn come_up(job: &Job, shared: &Shared, host: usize, mut machine: Machine) -> Result<Self> {
+        await_running(&mut machine, shared)?;
+        let ssh = Ssh {
+            host,
+            port: machine.ssh_port,
+            key: job.ssh_key.clone(),
+            socket: Files::new(&job.run, host).ssh(),
+        };
+        let child = ssh
+            .start_master()
+            .with_context(|| format!("host {host} doesn't answer; {}", machine.last_words()))?;
+        let master = Master {
+            child,
+            socket: ssh.socket.clone(),
+        };
+        process::capture(&mut ssh.command(&identity(host)?))
+            .with_context(|| format!("cannot tell host {host} who it is"))?;
+        Ok(Running {
+            ssh,
+            machine,
+            _master: master,
+        })
+    }
 }
 
 fn await_running(machine: &mut Machine, shared: &Shared) -> Result<()> {
@@ -328,14 +407,19 @@ fn identity(host: usize) -> Result<String> {
     ))
 }
 
-/// A child that's ended when dropped.
-struct Ended(std::process::Child);
+/// A shared ssh connection; ends when dropped.
+struct Master {
+    child: std::process::Child,
+    socket: PathBuf,
+}
 
-impl Drop for Ended {
+impl Drop for Master {
     fn drop(&mut self) {
         // Either fails only when it has ended already.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        // A killed one leaves it.
+        let _ = std::fs::remove_file(&self.socket);
     }
 }
 
