@@ -10,12 +10,14 @@
 //! ```
 
 pub mod engine;
+pub mod files;
 pub mod guard;
 pub mod journal;
 pub mod manifest;
 mod part;
 pub mod restore;
 mod signals;
+pub mod tls;
 mod workers;
 
 pub use workers::Program;
