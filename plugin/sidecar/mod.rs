@@ -9,6 +9,7 @@
 //!                                    this one be killed
 //! ```
 
+pub mod conf;
 pub mod engine;
 pub mod files;
 pub mod guard;
