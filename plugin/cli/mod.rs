@@ -4,11 +4,14 @@
 
 mod config;
 mod export;
+mod hostconf;
 mod list;
+mod peer;
 mod progress;
 mod remove;
 mod restore;
 mod show;
+mod statements;
 mod take;
 mod units;
 mod worker;
@@ -86,6 +89,8 @@ enum Verb {
     Remove(remove::Arguments),
     /// Write a member as a file for stock 'xl restore'
     Export(export::Arguments),
+    /// Say which other hosts this one talks to, and who it is itself
+    Peer(peer::Arguments),
 }
 
 /// The command line of `xl vne-snapshot`, for whoever checks that the manual
@@ -116,6 +121,7 @@ pub fn main(host: &Host, arguments: Vec<OsString>) -> c_int {
         Verb::Restore(arguments) => restore::run(host, arguments),
         Verb::Remove(arguments) => remove::run(host, arguments),
         Verb::Export(arguments) => export::run(host, arguments),
+        Verb::Peer(arguments) => peer::run(host, arguments),
     };
     match result {
         Ok(()) => 0,
