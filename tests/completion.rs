@@ -9,6 +9,7 @@ use std::process::Command;
 use xl_vne::image::{
     Cut, DomainType, Downtime, Manifest, Member, MemberImage, MemberStats, Name, FORMAT,
 };
+use xl_vne::sidecar::conf::Peer;
 
 type TestResult = Result<(), Box<dyn Error>>;
 
@@ -42,25 +43,44 @@ fn completion_has_all_verbs_and_options_and_no_others() -> TestResult {
         offered("xl vne-snapshot ")?,
         verbs.map(str::to_owned).collect()
     );
-    for verb in command.get_subcommands() {
+    for (name, verb) in all_verbs(&command) {
         let options = verb.get_arguments().filter_map(clap::Arg::get_long);
         let mut options: BTreeSet<String> = options.map(|long| format!("--{long}")).collect();
         options.insert(String::from("--help"));
-        let name = verb.get_name();
         assert_eq!(
             offered(&format!("xl vne-snapshot {name} --"))?,
             options,
             "{name}"
         );
+        let verbs: BTreeSet<_> = verb
+            .get_subcommands()
+            .map(clap::Command::get_name)
+            .collect();
+        if !verbs.is_empty() {
+            let offered = offered(&format!("xl vne-snapshot {name} "))?;
+            assert_eq!(offered, verbs.into_iter().map(str::to_owned).collect());
+        }
     }
     Ok(())
+}
+
+/// The verbs, and those that some of them have, as they are typed.
+fn all_verbs(command: &clap::Command) -> Vec<(String, &clap::Command)> {
+    let mut verbs = Vec::new();
+    for verb in command.get_subcommands() {
+        let name = verb.get_name();
+        let nested = verb.get_subcommands();
+        verbs.push((name.to_owned(), verb));
+        verbs.extend(nested.map(|nested| (format!("{name} {}", nested.get_name()), nested)));
+    }
+    verbs
 }
 
 #[test]
 fn completion_has_all_values_of_an_option() -> TestResult {
     let command = xl_vne::cli::command();
     let mut seen = 0;
-    for verb in command.get_subcommands() {
+    for (name, verb) in all_verbs(&command) {
         for argument in verb.get_arguments() {
             let values = argument.get_possible_values();
             let (Some(long), false) = (argument.get_long(), values.is_empty()) else {
@@ -70,7 +90,7 @@ fn completion_has_all_values_of_an_option() -> TestResult {
                 continue;
             }
             let values = values.iter().map(|value| value.get_name().to_owned());
-            let line = format!("xl vne-snapshot {} --{long} ", verb.get_name());
+            let line = format!("xl vne-snapshot {name} --{long} ");
             assert_eq!(offered(&line)?, values.collect(), "{line}");
             seen += 1;
         }
@@ -90,6 +110,8 @@ fn completion_offers_what_a_user_wants_to_type() -> TestResult {
         "list.json",
         serde_json::to_string_pretty(&[&first, &second])?,
     )?;
+    let peers = [peer("beta")?, peer("gamma")?];
+    write("peers.json", serde_json::to_string_pretty(&peers)?)?;
     let output = Command::new("bash")
         .arg(Path::new(FOLDER).join("test"))
         .arg(json.path())
@@ -97,6 +119,15 @@ fn completion_offers_what_a_user_wants_to_type() -> TestResult {
     let told = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{told}");
     Ok(())
+}
+
+fn peer(name: &str) -> Result<Peer, Box<dyn Error>> {
+    Ok(Peer {
+        name: Name::new(name)?,
+        address: String::from("10.0.0.2:7791"),
+        fingerprint: "3f2a-90c1-0000-ffff-1234-5678-9abc-def0".parse()?,
+        vnes: vec![Name::new("lab")?],
+    })
 }
 
 fn manifest(id: &str) -> Result<Manifest, Box<dyn Error>> {

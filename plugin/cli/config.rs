@@ -4,12 +4,13 @@ use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::path::PathBuf;
 
+use super::statements::warn_of_unknown_keys;
 use super::xlcfg::{XlConfig, CONFIG_BYTES_MAX};
 use super::{Failure, Host};
 use crate::cut::OnDivergence;
 use crate::image::Name;
 
-/// All keys; libxlutil can't tell what else there is.
+/// All keys.
 const KEYS: [&str; 7] = [
     "members",
     "store",
@@ -58,15 +59,7 @@ impl VneConfig {
             .map_err(|error| format!("{}: {error}", path.display()))?;
         let source = path.to_string_lossy();
         let config = Self::parse(&source, &text)?;
-        for key in keys(&text)
-            .iter()
-            .filter(|key| !KEYS.contains(&key.as_str()))
-        {
-            log::warn!(
-                "{source}: '{key}' means nothing (there are {})",
-                KEYS.join(", ")
-            );
-        }
+        warn_of_unknown_keys(&source, &text, &KEYS);
         Ok(Some(config))
     }
 
@@ -97,49 +90,9 @@ impl VneConfig {
     }
 }
 
-/// The keys in a text that libxlutil has understood: the words that begin a
-/// statement. Statements end with a line, or a ';', outside of brackets; a
-/// string can't have its own quote in it (`libxlu_cfg_l.l`).
-fn keys(text: &[u8]) -> Vec<String> {
-    let mut keys = Vec::new();
-    let mut rest = text.iter().copied().peekable();
-    let mut depth = 0_u32;
-    let mut begins = true;
-    while let Some(byte) = rest.next() {
-        match byte {
-            b'#' => while rest.next_if(|&byte| byte != b'\n').is_some() {},
-            b'"' | b'\'' => while rest.next().is_some_and(|other| other != byte) {},
-            b'[' => depth += 1,
-            b']' => depth = depth.saturating_sub(1),
-            b'\n' | b';' if depth == 0 => begins = true,
-            b'A'..=b'Z' | b'a'..=b'z' | b'_' if begins => {
-                let in_word = |byte: &u8| byte.is_ascii_alphanumeric() || *byte == b'_';
-                let mut key = String::from(char::from(byte));
-                while let Some(byte) = rest.next_if(in_word) {
-                    key.push(char::from(byte));
-                }
-                keys.push(key);
-                begins = false;
-            }
-            _ => {}
-        }
-    }
-    keys
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn keys_are_told_from_all_else() {
-        let text = b"# precopymax = 1\nmembers = [ \"a\", # one = 1\n  'b;c=', \n \"d#\" ]\n\
-                     \n  precopymax=30 # x = 2\nstore = \"/y = 3; z = 4\"; hold_kib += 5";
-        let expected = ["members", "precopymax", "store", "hold_kib"];
-        assert_eq!(keys(text), expected);
-        assert!(XlConfig::parse("lab.cfg", &text[..text.len() - 15]).is_ok());
-        assert!(keys(b"").is_empty() && keys(b"\"").is_empty());
-    }
 
     #[test]
     fn all_keys_are_read() -> Result<(), String> {

@@ -4,11 +4,14 @@
 
 mod config;
 mod export;
+mod hostconf;
 mod list;
+mod peer;
 mod progress;
 mod remove;
 mod restore;
 mod show;
+mod statements;
 mod take;
 mod units;
 mod worker;
@@ -48,12 +51,7 @@ pub struct Host {
 impl Host {
     /// This host's name among those of a VNE.
     fn name(&self) -> Result<Name, Failure> {
-        let node = rustix::system::uname()
-            .nodename()
-            .to_string_lossy()
-            .into_owned();
-        let name = node.split('.').next().unwrap_or_default();
-        Ok(Name::new(name)?)
+        Ok(hostconf::load(&self.config_dir)?.name)
     }
 
     fn program(&self) -> Program {
@@ -96,6 +94,8 @@ enum Verb {
     Remove(remove::Arguments),
     /// Write a member as a file for stock 'xl restore'
     Export(export::Arguments),
+    /// Say which other hosts this one talks to, and who it is itself
+    Peer(peer::Arguments),
 }
 
 /// The command line of `xl vne-snapshot`, for whoever checks that the manual
@@ -126,6 +126,7 @@ pub fn main(host: &Host, arguments: Vec<OsString>) -> c_int {
         Verb::Restore(arguments) => restore::run(host, arguments),
         Verb::Remove(arguments) => remove::run(host, arguments),
         Verb::Export(arguments) => export::run(host, arguments),
+        Verb::Peer(arguments) => peer::run(host, arguments),
     };
     match result {
         Ok(()) => 0,

@@ -12,7 +12,9 @@
 //! ```
 
 mod acting;
+pub mod conf;
 mod error;
+pub mod files;
 pub mod guard;
 pub mod journal;
 pub mod lead;
@@ -21,6 +23,7 @@ mod part;
 pub mod restore;
 mod signals;
 mod take;
+pub mod tls;
 mod vote;
 mod wire;
 mod workers;
