@@ -46,7 +46,7 @@ static COMMANDS: Static<[sys::xl_plugin_command; 2]> = Static([
         can_dryrun: 1,
         modifies: 1,
         desc: c"Consistent live snapshots of a set of networked domains".as_ptr(),
-        usage: c"take|list|show|restore|remove|export [options]".as_ptr(),
+        usage: c"take|list|show|status|restore|remove|export|peer [options]".as_ptr(),
         options: c"'xl vne-snapshot --help' lists the verbs, 'xl vne-snapshot VERB --help' \
                    their options;\nsee also xl-vne-snapshot(1).\n"
             .as_ptr(),

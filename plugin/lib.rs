@@ -14,6 +14,8 @@ mod abi;
 mod random;
 mod sentence;
 
+pub use sentence::sentence;
+
 /// The command that users type.
 pub const COMMAND: &str = "vne-snapshot";
 /// The command that workers are started by, hidden from help.

@@ -63,6 +63,24 @@ impl VneConfig {
         Ok(Some(config))
     }
 
+    /// The stores that the descriptions of VNEs here name. One that can't be
+    /// read is told of, and left out.
+    pub fn all_stores(host: &Host) -> Vec<PathBuf> {
+        let Ok(folder) = std::fs::read_dir(host.config_dir.join("vne")) else {
+            return Vec::new();
+        };
+        let names = folder.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+        let vnes = names.filter_map(|name| Name::new(name.strip_suffix(".cfg")?).ok());
+        vnes.filter_map(|vne| match Self::find(host, &vne) {
+            Ok(config) => config?.store,
+            Err(error) => {
+                log::warn!("{error}");
+                None
+            }
+        })
+        .collect()
+    }
+
     fn parse(source: &str, text: &[u8]) -> Result<Self, String> {
         let config = XlConfig::parse(source, text)?;
         let diverging = match config.string(c"diverging")?.as_deref() {

@@ -12,6 +12,7 @@ mod remove;
 mod restore;
 mod show;
 mod statements;
+mod status;
 mod take;
 mod units;
 mod worker;
@@ -28,6 +29,7 @@ use clap::{Parser, Subcommand};
 use crate::domain::xl::Xl;
 use crate::image::{Name, Snapshot, SnapshotId, Store};
 use crate::sentence::sentence;
+use crate::sidecar::vned::{Described, VneDescription};
 use crate::sidecar::Program;
 
 /// What xl tells its plugins.
@@ -88,6 +90,8 @@ enum Verb {
     List(list::Arguments),
     /// Show one snapshot
     Show(show::Arguments),
+    /// Show what goes on
+    Status(status::Arguments),
     /// Bring all members of a snapshot back
     Restore(restore::Arguments),
     /// Delete snapshots
@@ -123,6 +127,7 @@ pub fn main(host: &Host, arguments: Vec<OsString>) -> c_int {
         Verb::Take(arguments) => take::run(host, arguments),
         Verb::List(arguments) => list::run(host, arguments),
         Verb::Show(arguments) => show::run(host, arguments),
+        Verb::Status(arguments) => status::run(host, arguments),
         Verb::Restore(arguments) => restore::run(host, arguments),
         Verb::Remove(arguments) => remove::run(host, arguments),
         Verb::Export(arguments) => export::run(host, arguments),
@@ -164,6 +169,36 @@ fn start_log(verbosity: u32) {
     drop(started);
 }
 
+/// What the daemon is told of the configuration, since it can't read it.
+fn describe(host: &Host, vne: Option<&Name>) -> Result<Described, Failure> {
+    let conf = hostconf::load(&host.config_dir)?;
+    let vne = match vne {
+        Some(vne) => match config::VneConfig::find(host, vne)? {
+            Some(config) => Some(VneDescription {
+                members: take::placed(&config.members, &conf.name)?,
+                store: config.store.unwrap_or_else(default_root),
+            }),
+            None => None,
+        },
+        None => None,
+    };
+    let mut stores = vec![default_root()];
+    stores.extend(config::VneConfig::all_stores(host));
+    stores.sort();
+    stores.dedup();
+    Ok(Described {
+        config_dir: host.config_dir.clone(),
+        run_dir: host.run_dir.clone(),
+        conf,
+        vne,
+        stores,
+    })
+}
+
+fn default_root() -> PathBuf {
+    PathBuf::from(crate::image::DEFAULT_ROOT)
+}
+
 /// Where the images are, and which VNE is meant.
 #[derive(Debug, clap::Args)]
 struct StoreArgument {
@@ -183,7 +218,7 @@ impl StoreArgument {
             Some(vne) => config::VneConfig::find(host, vne)?.and_then(|config| config.store),
             None => None,
         };
-        Ok(configured.unwrap_or_else(|| PathBuf::from(crate::image::DEFAULT_ROOT)))
+        Ok(configured.unwrap_or_else(default_root))
     }
 
     /// Opens that store to look for what is there already. One that is named

@@ -6,9 +6,10 @@ use clap::Subcommand;
 use serde::Serialize;
 
 use super::hostconf::{self, Editor};
-use super::units::table;
+use super::units::{ms, table};
 use super::{print, print_json, Failure, Host};
 use crate::image::Name;
+use crate::sidecar::admin::Daemon;
 use crate::sidecar::conf::DEFAULT_PORT;
 use crate::sidecar::conf::{host_name, is_any_address, listen_address, peer_address, Conf, Peer};
 use crate::sidecar::tls::{self, Fingerprint, Identity};
@@ -37,6 +38,14 @@ enum Verb {
     Remove(Remove),
     /// List the hosts that this one trusts
     List {
+        /// Print as JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Try to reach a host that this one trusts, or all of them
+    Test {
+        /// Its name
+        name: Option<Name>,
         /// Print as JSON
         #[arg(long)]
         json: bool,
@@ -90,7 +99,8 @@ pub fn run(host: &Host, arguments: &Arguments) -> Result<(), Failure> {
     match &arguments.verb {
         Verb::Init(arguments) => {
             let dry_run = arguments.dry_run || host.dry_run;
-            print(&init(dir, arguments, dry_run)?)
+            print(&init(dir, arguments, dry_run)?)?;
+            tell_daemon(host, dry_run)
         }
         Verb::Id { json } => {
             let card = Card::of(dir)?;
@@ -102,12 +112,15 @@ pub fn run(host: &Host, arguments: &Arguments) -> Result<(), Failure> {
         }
         Verb::Add(arguments) => {
             let dry_run = arguments.dry_run || host.dry_run;
-            print(&add(dir, arguments, dry_run)?)
+            print(&add(dir, arguments, dry_run)?)?;
+            tell_daemon(host, dry_run)
         }
         Verb::Remove(arguments) => {
             let dry_run = arguments.dry_run || host.dry_run;
-            print(&remove(dir, &arguments.name, dry_run)?)
+            print(&remove(dir, &arguments.name, dry_run)?)?;
+            tell_daemon(host, dry_run)
         }
+        Verb::Test { name, json } => test(host, name.as_ref(), *json),
         Verb::List { json } => {
             let conf = hostconf::load(dir)?;
             if *json {
@@ -116,6 +129,42 @@ pub fn run(host: &Host, arguments: &Arguments) -> Result<(), Failure> {
                 print(&describe(&conf.peers))
             }
         }
+    }
+}
+
+/// A daemon that runs follows at once.
+fn tell_daemon(host: &Host, dry_run: bool) -> Result<(), Failure> {
+    match Daemon::find(&host.run_dir)? {
+        Some(daemon) if !dry_run => Ok(daemon.reload()?),
+        _ => Ok(()),
+    }
+}
+
+fn test(host: &Host, name: Option<&Name>, json: bool) -> Result<(), Failure> {
+    let conf = hostconf::load(&host.config_dir)?;
+    if let Some(name) = name.filter(|name| conf.peer(name).is_none()) {
+        return Err(format!("there is no peer '{name}' (see 'xl vne-snapshot peer list')").into());
+    }
+    let daemon = Daemon::connect(&host.run_dir, "peers are reached by vned")?;
+    let tests = daemon.test_peers(name)?;
+    if json {
+        print_json(&tests)?;
+    } else {
+        let mut rows = vec![["PEER", "ADDRESS", "ROUND TRIP", "RESULT"]
+            .map(String::from)
+            .to_vec()];
+        rows.extend(tests.iter().map(|test| {
+            let (trip, result) = match &test.result {
+                Ok(version) => (ms(test.round_trip_ns), format!("ok, vned {version}")),
+                Err(why) => (String::from("-"), why.clone()),
+            };
+            vec![test.name.to_string(), test.address.clone(), trip, result]
+        }));
+        print(&table(&rows))?;
+    }
+    match tests.iter().filter(|test| test.result.is_err()).count() {
+        0 => Ok(()),
+        bad => Err(format!("{bad} of {} peers can't be worked with", tests.len()).into()),
     }
 }
 
@@ -326,6 +375,7 @@ mod tests {
             Verb::Add(arguments) => add(dir, &arguments, arguments.dry_run),
             Verb::Remove(arguments) => remove(dir, &arguments.name, arguments.dry_run),
             Verb::List { .. } => hostconf::load(dir).map(|conf| describe(&conf.peers)),
+            Verb::Test { .. } => return Err("there is no daemon here".into()),
         };
         result.map_err(|error| crate::sentence::sentence(error.as_ref()))
     }

@@ -1,6 +1,9 @@
 //! `xl vne-snapshot remove`.
 
 use super::{print, Failure, Host, SnapshotName, StoreArgument};
+use crate::image::{Error, Name, SnapshotId, Store};
+use crate::sidecar::admin::Daemon;
+use crate::sidecar::rpc::SnapshotRef;
 
 /// Delete snapshots. Other snapshots stay as they are.
 #[derive(Debug, clap::Args)]
@@ -11,6 +14,9 @@ pub struct Arguments {
     /// Say what would be deleted, and delete nothing (as 'xl -N')
     #[arg(short = 'N', long)]
     dry_run: bool,
+    /// Only this host's part of a snapshot that several hosts have
+    #[arg(long)]
+    here: bool,
     #[command(flatten)]
     store: StoreArgument,
 }
@@ -32,6 +38,29 @@ impl std::str::FromStr for Unmistakable {
     }
 }
 
+/// The other hosts that have a part. What is too damaged to tell has none that
+/// could be asked.
+fn other_hosts(store: &Store, vne: &Name, id: &SnapshotId) -> Result<Vec<Name>, Failure> {
+    match store.catalogue().get(vne, id) {
+        Ok(snapshot) => {
+            let manifest = snapshot.manifest();
+            let others = manifest.hosts.iter().filter(|host| **host != manifest.host);
+            Ok(others.cloned().collect())
+        }
+        Err(Error::Damaged { .. }) => Ok(Vec::new()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn also(hosts: &[Name]) -> String {
+    let names: Vec<&str> = hosts.iter().map(Name::as_str).collect();
+    if names.is_empty() {
+        String::new()
+    } else {
+        format!(", also on {}", names.join(", "))
+    }
+}
+
 /// Runs the verb.
 pub fn run(host: &Host, arguments: &Arguments) -> Result<(), Failure> {
     for Unmistakable(name) in &arguments.snapshots {
@@ -40,12 +69,32 @@ pub fn run(host: &Host, arguments: &Arguments) -> Result<(), Failure> {
             Some(id) => id.clone(),
             None => name.open(&store)?.manifest().id.clone(),
         };
+        let elsewhere = if arguments.here {
+            Vec::new()
+        } else {
+            other_hosts(&store, &name.vne, &id)?
+        };
         if arguments.dry_run || host.dry_run {
             store.catalogue().get(&name.vne, &id)?;
-            print(&format!("Would remove {}@{id}.\n", name.vne))?;
-        } else {
-            store.catalogue().remove(&name.vne, &id)?;
+            print(&format!(
+                "Would remove {}@{id}{}.\n",
+                name.vne,
+                also(&elsewhere)
+            ))?;
+            continue;
         }
+        if let Some(other) = elsewhere.first() {
+            let what = format!(
+                "host '{other}' has a part of {}@{id} (--here removes only this host's)",
+                name.vne
+            );
+            let snapshot = SnapshotRef {
+                vne: name.vne.clone(),
+                id: id.clone(),
+            };
+            Daemon::connect(&host.run_dir, &what)?.remove(snapshot, elsewhere)?;
+        }
+        store.catalogue().remove(&name.vne, &id)?;
     }
     Ok(())
 }

@@ -6,7 +6,9 @@ use std::path::Path;
 
 use super::{print, Failure, Host, SnapshotName, StoreArgument};
 use crate::image::Manifest;
+use crate::sidecar::admin::Daemon;
 use crate::sidecar::restore::{self, Progress, RestoreRequest};
+use crate::sidecar::rpc::SnapshotRef;
 use crate::stream::is_save_file;
 
 /// Bring all members of a snapshot back, or none. They are built paused and
@@ -80,13 +82,27 @@ pub fn run(host: &Host, arguments: &Arguments) -> Result<(), Failure> {
         store: store.root().to_owned(),
         run_dir: host.run_dir.clone(),
         program: host.program(),
+        leader: None,
         paused: arguments.paused,
     };
     warn_of_disks(snapshot.manifest());
     let mut printer = Printer {
         quiet: arguments.quiet,
     };
-    restore::restore(&request, &snapshot, &mut printer)?;
+    let manifest = snapshot.manifest();
+    let elsewhere = manifest.members.iter().find(|m| m.host != manifest.host);
+    match elsewhere {
+        None => restore::restore(&request, &snapshot, &mut printer)?,
+        Some(member) => {
+            let what = format!("'{}' is on host '{}'", member.name, member.host);
+            let wanted = SnapshotRef {
+                vne: manifest.vne.clone(),
+                id: manifest.id.clone(),
+            };
+            let daemon = Daemon::connect(&host.run_dir, &what)?;
+            daemon.restore(wanted, request.store, request.paused, &mut printer)?;
+        }
+    }
     Ok(())
 }
 

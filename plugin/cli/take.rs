@@ -1,6 +1,6 @@
 //! `xl vne-snapshot take`.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use super::progress::Printer;
 use super::units::{bytes, table};
@@ -10,8 +10,9 @@ use crate::domain::policy::PolicyConfig;
 use crate::domain::DomainFacts;
 use crate::image::{Manifest, Name, Store};
 use crate::sentence::sentence;
+use crate::sidecar::admin::Daemon;
 use crate::sidecar::lead::{MemberName, TakeRequest, Taken};
-use crate::sidecar::{self, Place};
+use crate::sidecar::{self, Place, FINAL_BUFFER_BYTES};
 
 /// Members answer within seconds; this is for a host that swaps.
 const PREPARE_S: u64 = 30;
@@ -30,7 +31,6 @@ const PRECOPY_MAX_S: u32 = 300;
 const LAST_COPY_MS: u32 = 50;
 /// 8 MiB: a 1 Gbit/s link at full speed for 64 ms.
 const HOLD_KIB: u32 = 8 << 10;
-const FINAL_BUFFER_BYTES: usize = 256 << 20;
 
 /// Capture all members of a VNE at one consistent point. The guests keep
 /// running; each is down only for its last few dirty pages.
@@ -107,6 +107,13 @@ impl std::str::FromStr for Placed {
     }
 }
 
+/// The members of a description, with their hosts.
+pub fn placed(members: &[String], here: &Name) -> Result<Vec<MemberName>, String> {
+    let parse = |text: &String| text.parse::<Placed>();
+    let members: Vec<Placed> = members.iter().map(parse).collect::<Result<_, _>>()?;
+    Ok(members.into_iter().map(|member| member.on(here)).collect())
+}
+
 impl Placed {
     fn on(self, here: &Name) -> MemberName {
         MemberName {
@@ -138,7 +145,7 @@ pub fn run(host: &Host, arguments: &Arguments) -> Result<(), Failure> {
         .or_else(|| config.store.clone());
     let place = Place {
         host: here.clone(),
-        store: store.unwrap_or_else(|| PathBuf::from(crate::image::DEFAULT_ROOT)),
+        store: store.unwrap_or_else(super::default_root),
         run_dir: host.run_dir.clone(),
         program: host.program(),
         final_buffer_bytes: FINAL_BUFFER_BYTES,
@@ -149,7 +156,21 @@ pub fn run(host: &Host, arguments: &Arguments) -> Result<(), Failure> {
     }
     let quiet = arguments.quiet || arguments.json || request.dry_run;
     let mut printer = Printer::new(&request.members, &here, quiet);
-    let taken = sidecar::take(&request, &place, &mut printer)?;
+    let elsewhere = request.members.iter().find(|member| member.host != here);
+    let taken = match elsewhere {
+        None => sidecar::take(&request, &place, &mut printer)?,
+        Some(_) if arguments.store.store.is_some() => {
+            return Err(
+                "with members on several hosts each has a store of its own: set 'store' in \
+                        the VNE's description there"
+                    .into(),
+            );
+        }
+        Some(member) => {
+            let what = format!("'{}' is on host '{}'", member.name, member.host);
+            Daemon::connect(&host.run_dir, &what)?.take(&request, &mut printer)?
+        }
+    };
     show(&request, &place.store, arguments, taken)
 }
 
@@ -201,12 +222,11 @@ fn request(
     config: VneConfig,
 ) -> Result<TakeRequest, Failure> {
     let members = if arguments.members.is_empty() {
-        let parse = |text: &String| text.parse::<Placed>();
-        config.members.iter().map(parse).collect::<Result<_, _>>()?
+        placed(&config.members, here)?
     } else {
-        arguments.members.clone()
+        let named = arguments.members.iter().cloned();
+        named.map(|member| member.on(here)).collect()
     };
-    let members = members.into_iter().map(|member| member.on(here));
     let seconds = |s: u64| s * 1_000_000_000;
     let precopy_max = arguments.precopy_max.or(config.precopy_max_s);
     let last_copy = arguments
@@ -220,7 +240,7 @@ fn request(
     let hold_kib = arguments.hold.or(config.hold_kib).unwrap_or(HOLD_KIB);
     Ok(TakeRequest {
         vne: arguments.vne.clone(),
-        members: members.collect(),
+        members,
         label: arguments.label.clone(),
         limits: Limits {
             prepare_ns: seconds(PREPARE_S),

@@ -12,6 +12,7 @@ use clap::{Parser, Subcommand};
 use super::{start_log, Failure, Host};
 use crate::domain::recover::recover_domains;
 use crate::domain::worker::{self, Helpers};
+use crate::image::Name;
 use crate::sentence::sentence;
 use crate::sidecar::guard;
 use crate::sidecar::journal::{JournalDomain, Register, RestoreStage};
@@ -43,6 +44,8 @@ enum Work {
     Discard { domains: Vec<String> },
     /// Set domains running that were built paused
     Release { domains: Vec<String> },
+    /// Print what the daemon has to know, as JSON
+    Describe { vne: Option<Name> },
 }
 
 /// `xl vne-worker`.
@@ -114,6 +117,7 @@ fn run(host: &Host, work: &Work) -> Result<(), Failure> {
             )?)
         }
         Work::Release { domains } => release(host, domains),
+        Work::Describe { vne } => super::print_json(&super::describe(host, vne.as_ref())?),
     }
 }
 

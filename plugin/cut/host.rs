@@ -166,9 +166,14 @@ impl Host {
         self.why.as_deref()
     }
 
+    /// It has said `stored` and doesn't know the outcome.
+    pub fn is_in_doubt(&self) -> bool {
+        self.phase == Phase::Finalise && self.done
+    }
+
     /// When to come back with [`HostInput::Tick`] at the latest, in ns.
     pub fn deadline_ns(&self) -> Option<u64> {
-        if self.in_vote() {
+        if self.is_in_doubt() {
             return Some(self.asked_ns.saturating_add(self.limits.ask_ns));
         }
         if mutated!(self, ResumeNever) {
@@ -199,6 +204,8 @@ impl Host {
             return actions;
         }
         match input {
+            // What was voted for is safe from whatever fails here later.
+            HostInput::Failed(_) if self.is_in_doubt() => Vec::new(),
             HostInput::Failed(why) => self.fail(why),
             HostInput::Tick => self.tick(now_ns),
             HostInput::Armed => self.confirm(Phase::Prepare, Reply::Prepared),
@@ -371,13 +378,8 @@ impl Host {
         self.fail(String::from("a message from a member that doesn't exist"))
     }
 
-    /// It has said `stored` and doesn't know the outcome.
-    fn in_vote(&self) -> bool {
-        self.phase == Phase::Finalise && self.done
-    }
-
     fn tick(&mut self, now_ns: u64) -> Vec<HostAction> {
-        if self.in_vote() && now_ns >= self.asked_ns.saturating_add(self.limits.ask_ns) {
+        if self.is_in_doubt() && now_ns >= self.asked_ns.saturating_add(self.limits.ask_ns) {
             self.asked_ns = now_ns;
             return vec![self.say(Reply::Stored)];
         }
@@ -391,7 +393,7 @@ impl Host {
         ) {
             return None;
         }
-        if self.in_vote() && !mutated!(self, GuessOutcome) {
+        if self.is_in_doubt() && !mutated!(self, GuessOutcome) {
             return None;
         }
         let held_long = self.hold_until_ns.is_some_and(|until| now_ns >= until);

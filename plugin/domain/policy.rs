@@ -23,6 +23,16 @@ pub struct PolicyConfig {
     pub hover_ns_max: u64,
 }
 
+impl PolicyConfig {
+    /// Whether it's within what the options for it allow.
+    pub fn is_sane(&self) -> bool {
+        const MINUTE_NS: u64 = 60_000_000_000;
+        self.last_copy_ns_max <= MINUTE_NS
+            && (1_000_000..=MINUTE_NS).contains(&self.hover_ns_min)
+            && (self.hover_ns_min..=MINUTE_NS).contains(&self.hover_ns_max)
+    }
+}
+
 impl Default for PolicyConfig {
     fn default() -> Self {
         Self {

@@ -31,6 +31,8 @@ pub(super) enum Heard {
     /// The leader is this host, and all hosts have stored their parts: make
     /// the snapshot exist.
     Decide(Box<Manifest>, Decided),
+    /// This process is being stopped, and why.
+    Stop(String),
     /// A worker said something.
     Event(usize, Event),
     /// A worker's end of the socket is closed: it has ended.
@@ -120,6 +122,7 @@ struct Acting<'a> {
     /// What the workers have seen was taken in.
     looked: bool,
     over_since_ns: Option<u64>,
+    stopped: bool,
     /// When each member's last round was told, and whether it had converged.
     rounds_told: Vec<Option<(u64, bool)>>,
     say: &'a dyn Fn(News),
@@ -145,6 +148,7 @@ fn act(
         todo: todo.into(),
         looked: false,
         over_since_ns: None,
+        stopped: false,
         rounds_told: vec![None; members],
         say,
     };
@@ -179,6 +183,9 @@ impl Acting<'_> {
 
     /// When to look at the time again; `None` when there is nothing more to do.
     fn deadline_ns(&mut self) -> Option<u64> {
+        if self.stopped {
+            return None;
+        }
         match self.host.phase() {
             Phase::Done => None,
             Phase::Failed => {
@@ -213,6 +220,11 @@ impl Acting<'_> {
             Heard::Decide(manifest, decided) => {
                 let made = self.part.decide(&manifest);
                 decided(made.map_err(|error| sentence(&error)));
+            }
+            Heard::Stop(why) => {
+                // What was voted for waits for the next daemon.
+                self.stopped = self.host.is_in_doubt();
+                self.tell(HostInput::Failed(why));
             }
             Heard::Event(index, event) => {
                 self.pass_on(index, &event);

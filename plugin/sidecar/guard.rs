@@ -44,7 +44,7 @@ pub fn clean_up(xl: &Xl, program: &Program, orphan: Orphan) {
     let record = &orphan.record;
     log::warn!(
         "cleaning up after a {} of VNE '{}' (process {}) that was killed",
-        record.restore.map_or("take", |_| "restore"),
+        record.what(),
         record.vne,
         record.pid
     );

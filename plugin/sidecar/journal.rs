@@ -41,14 +41,17 @@ pub enum Error {
         source: io::Error,
     },
     /// A member is in another take already.
-    #[error("domain '{domain}' is being captured by a take of VNE '{vne}' (process {pid})")]
+    #[error("domain '{domain}' is in use by a {what} of VNE '{vne}' ({who})")]
     Busy {
         /// The domain.
         domain: String,
+        /// Take or restore.
+        what: &'static str,
         /// The VNE of the other take.
         vne: String,
-        /// The process of the other take.
-        pid: u32,
+        /// Who runs it: the process, and the host that leads, if there are
+        /// several.
+        who: String,
     },
 }
 
@@ -96,6 +99,16 @@ pub struct Record {
     pub holds: Vec<HoldRecord>,
     /// For a restore: how far it is. `domains` then have no number yet.
     pub restore: Option<RestoreStage>,
+}
+
+impl Record {
+    /// Take or restore.
+    pub fn what(&self) -> &'static str {
+        match self.restore {
+            None => "take",
+            Some(_) => "restore",
+        }
+    }
 }
 
 /// How far a restore is, and so what to do with its domains when it's killed.
@@ -159,8 +172,14 @@ impl Register {
                 Some((domain, other)) => {
                     return Err(Error::Busy {
                         domain,
+                        what: other.what(),
+                        who: match &other.leader {
+                            Some(leader) => {
+                                format!("led by host '{leader}', here process {}", other.pid)
+                            }
+                            None => format!("process {}", other.pid),
+                        },
                         vne: other.vne,
-                        pid: other.pid,
                     })
                 }
             }
@@ -172,6 +191,15 @@ impl Register {
     /// Whether there is any journal: of a take that lives, or of a dead one.
     pub fn is_empty(&self) -> Result<bool, Error> {
         Ok(self.folders()?.is_empty())
+    }
+
+    /// What goes on, and what is still to be undone.
+    pub fn records(&self) -> Result<Vec<Record>, Error> {
+        let mut records = Vec::new();
+        for folder in self.folders()? {
+            records.extend(read(&folder)?);
+        }
+        Ok(records)
     }
 
     /// Hands all takes whose process is gone to `orphaned`, to clean up.

@@ -12,6 +12,7 @@
 //! ```
 
 mod acting;
+pub mod admin;
 pub mod conf;
 mod error;
 pub mod files;
@@ -20,15 +21,18 @@ pub mod journal;
 pub mod lead;
 pub mod manifest;
 mod part;
+mod peers;
 pub mod restore;
+pub mod rpc;
 mod signals;
 mod take;
 pub mod tls;
+pub mod vned;
 mod vote;
 mod wire;
 mod workers;
 
 pub use error::Error;
-pub use part::Place;
+pub use part::{Place, FINAL_BUFFER_BYTES};
 pub use take::take;
 pub use workers::Program;

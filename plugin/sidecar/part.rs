@@ -35,6 +35,10 @@ struct Member {
     ended: bool,
 }
 
+/// How much of a member's last pages to keep in memory, unless a command says
+/// otherwise, in bytes.
+pub const FINAL_BUFFER_BYTES: usize = 256 << 20;
+
 /// Where a part is carried out.
 #[derive(Debug, Clone)]
 pub struct Place {

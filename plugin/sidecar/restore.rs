@@ -38,6 +38,8 @@ pub struct RestoreRequest {
     pub run_dir: PathBuf,
     /// How xl is started.
     pub program: Program,
+    /// The host that leads the restore, if there are several.
+    pub leader: Option<Name>,
     /// Leave the members paused when all are built.
     pub paused: bool,
 }
@@ -52,16 +54,41 @@ pub trait Progress {
     fn released(&mut self);
 }
 
-/// Restores all members of `snapshot`, or none.
+/// Restores all members of `snapshot`, or none. All are on this host.
 pub fn restore(
     request: &RestoreRequest,
     snapshot: &Snapshot,
     progress: &mut dyn Progress,
 ) -> Result<(), Error> {
+    let (said, heard) = mpsc::channel();
+    let interrupted = said.clone();
+    signals::watch(move || interrupted.send(Heard::Interrupted).is_ok())?;
+    let built = build(request, snapshot, (said, heard), progress)?;
+    built.release(request.paused)?;
+    if !request.paused {
+        progress.released();
+    }
+    Ok(())
+}
+
+/// Members of a snapshot that are built and paused.
+pub(super) struct Built {
+    program: Program,
+    journal: Journal,
+    names: Vec<String>,
+}
+
+/// Builds all members of `snapshot` that are on this host, or none.
+pub(super) fn build(
+    request: &RestoreRequest,
+    snapshot: &Snapshot,
+    (said, heard): (Sender<Heard>, Receiver<Heard>),
+    progress: &mut dyn Progress,
+) -> Result<Built, Error> {
     let register = Register::open(&request.run_dir)?;
     sweep(&request.program, &register)?;
     let manifest = snapshot.manifest();
-    let names: Vec<&str> = manifest.members.iter().map(|m| m.name.as_str()).collect();
+    let names: Vec<&str> = manifest.members_here().map(|m| m.name.as_str()).collect();
     refuse_existing(&request.program, &names)?;
     // Every header and index is read and checked before the first domain is
     // built; each page is checked as it's read.
@@ -76,9 +103,6 @@ pub fn restore(
         })
         .collect::<Result<Vec<_>, Error>>()?;
 
-    let (said, heard) = mpsc::channel();
-    let interrupted = said.clone();
-    signals::watch(move || interrupted.send(Heard::Interrupted).is_ok())?;
     let domain = |member: &crate::image::Member| JournalDomain {
         name: member.name.to_string(),
         domid: 0,
@@ -86,10 +110,10 @@ pub fn restore(
     };
     let record = Record {
         vne: manifest.vne.to_string(),
-        leader: None,
+        leader: request.leader.as_ref().map(Name::to_string),
         pid: std::process::id(),
         store: request.store.clone(),
-        domains: manifest.members.iter().map(domain).collect(),
+        domains: manifest.members_here().map(domain).collect(),
         asked: false,
         workers: Vec::new(),
         holds: Vec::new(),
@@ -101,33 +125,52 @@ pub fn restore(
     progress.building(&names);
     let mut builders = Builders::new(&request.program, BUILDER_END_MAX);
     let built = builders.build(&mut journal, members, (said, heard), progress);
-    if let Err(error) = built {
-        // What can't be undone here is left to the guard, with the journal.
-        if builders.have_ended() && discard(&request.program, &journal.record().domains) {
-            if let Err(error) = journal.close() {
+    let built_all = Built {
+        program: request.program.clone(),
+        journal,
+        names: names.iter().map(|name| (*name).to_owned()).collect(),
+    };
+    match built {
+        Ok(()) => Ok(built_all),
+        Err(error) => {
+            // What can't be undone here is left to the guard, with the journal.
+            if builders.have_ended() {
+                built_all.discard();
+            }
+            Err(error)
+        }
+    }
+}
+
+impl Built {
+    /// Sets all running; or leaves them `paused`, as their owner wants to have
+    /// them.
+    pub(super) fn release(mut self, paused: bool) -> Result<(), Error> {
+        if !paused && !self.names.is_empty() {
+            let releasing = RestoreStage::Releasing;
+            self.journal
+                .update(|record| record.restore = Some(releasing))?;
+            let mut release = self.program.command(&["release", "--"]);
+            release.args(&self.names).stderr(Stdio::inherit());
+            let status = release.status();
+            let status = status.map_err(Error::start("release the members"))?;
+            if !status.success() {
+                return Err(Error::Failed(String::from(
+                    "not all members could be set running",
+                )));
+            }
+        }
+        Ok(self.journal.close()?)
+    }
+
+    /// Destroys them. What can't be is left to the guard, with the journal.
+    pub(super) fn discard(self) {
+        if discard(&self.program, &self.journal.record().domains) {
+            if let Err(error) = self.journal.close() {
                 log::error!("{}", sentence(&error));
             }
         }
-        return Err(error);
     }
-    if !request.paused {
-        journal.update(|record| record.restore = Some(RestoreStage::Releasing))?;
-        let mut release = request.program.command(&["release", "--"]);
-        release.args(&names).stderr(Stdio::inherit());
-        let status = release.status();
-        let status = status.map_err(|source| Error::Start {
-            what: "release the members",
-            source,
-        })?;
-        if !status.success() {
-            return Err(Error::Failed(String::from(
-                "not all members could be set running",
-            )));
-        }
-        progress.released();
-    }
-    journal.close()?;
-    Ok(())
 }
 
 fn refuse_existing(program: &Program, names: &[&str]) -> Result<(), Error> {
@@ -137,10 +180,7 @@ fn refuse_existing(program: &Program, names: &[&str]) -> Result<(), Error> {
             .arg(name)
             .stderr(Stdio::null())
             .status()
-            .map_err(|source| Error::Start {
-                what: "look for domains",
-                source,
-            })?;
+            .map_err(Error::start("look for domains"))?;
         if found.success() {
             return Err(Error::Failed(format!(
                 "a domain called '{name}' exists (destroy or rename it first: \
@@ -163,7 +203,7 @@ fn discard(program: &Program, domains: &[JournalDomain]) -> bool {
 
 /// What is heard while members are built.
 #[derive(Debug)]
-enum Heard {
+pub(super) enum Heard {
     /// A builder has been given all of its save file, or as much as it took.
     Fed(usize, Result<(), String>),
     /// A signal asks to stop.
@@ -254,10 +294,7 @@ impl<'a> Builders<'a> {
         S: FnOnce(Pipe) -> Result<(), image::Error> + Send + 'static,
     {
         for (name, _) in &members {
-            let builder = Builder::start(self.program, name).map_err(|source| Error::Start {
-                what: "start xl",
-                source,
-            })?;
+            let builder = Builder::start(self.program, name).map_err(Error::start("start xl"))?;
             self.all.push(builder);
         }
         let processes = self.all.iter().map(|b| journal_process(&b.child)).collect();

@@ -42,6 +42,8 @@ pub fn stage() -> Result<PathBuf> {
     build_xl(&root, &programs)?;
     copy(&shims.join("vne-save-helper"), &programs)?;
     copy(&shims.join("vne-save-policy.so"), &programs)?;
+    copy(&target(&root).join("release/vned"), &programs)?;
+    copy(&root.join("packaging/vned.service"), &programs)?;
     let plugins = private.join("lib/xl-plugins");
     fs::create_dir_all(&plugins).context("cannot create the plugins' folder")?;
     fs::copy(&plugin, plugins.join("vne.so")).context("cannot copy the plugin")?;
@@ -77,6 +79,8 @@ pub fn install(lab: &Lab, host: usize, stage: &Path) -> Result<()> {
          chown -R root:root /root/stage; chmod -R go-w /root/stage; \
          for f in bin/xl bin/vne-save-helper bin/vne-save-policy.so lib/xl-plugins/vne.so; do \
          mkdir -p ${{f%/*}}; cp /root/stage/$f $f.new; chmod 755 $f.new; mv $f.new $f; done; \
+         install -m 755 /root/stage/bin/vned /usr/sbin/vned.new; mv /usr/sbin/vned.new /usr/sbin/vned; \
+         install -m 644 /root/stage/bin/vned.service /etc/systemd/system; systemctl daemon-reload; \
          rm -rf /root/stage"
     );
     lab.run(host, &script).map(drop)

@@ -1,0 +1,160 @@
+//! A command's way to the daemon on its host.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use jsonrpsee::core::client::Client;
+use tokio::net::UnixStream;
+use tokio::runtime::Runtime;
+
+use super::error::Error;
+use super::lead::{Progress, TakeRequest, Taken};
+use super::restore;
+use super::rpc::SnapshotRef;
+use super::rpc::{self, explain, AdminClient, DaemonStatus, JobDone, JobId, JobTold, PeerTest};
+use super::vned::SOCKET;
+use crate::image::Name;
+
+/// Removing may wait for other hosts.
+const CALL_MAX: Duration = Duration::from_secs(60);
+
+/// A connection to the daemon.
+pub struct Daemon {
+    runtime: Runtime,
+    client: Client,
+}
+
+impl Daemon {
+    /// Connects to it; `None` if none is running.
+    pub fn find(run_dir: &Path) -> Result<Option<Self>, Error> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(Error::start("start the runtime"))?;
+        let path = run_dir.join(SOCKET);
+        let client = runtime.block_on(async {
+            let stream = UnixStream::connect(&path).await?;
+            Ok(rpc::client(stream, CALL_MAX))
+        });
+        match client {
+            Ok(client) => Ok(Some(Self { runtime, client })),
+            Err(error) if is_absent(&error) => Ok(None),
+            Err(error) => Err(Error::Failed(format!("{}: {error}", path.display()))),
+        }
+    }
+
+    /// Connects to it, for what can't be done without.
+    pub fn connect(run_dir: &Path, what: &str) -> Result<Self, Error> {
+        Self::find(run_dir)?.ok_or_else(|| {
+            Error::Failed(format!(
+                "{what}, and vned isn't running on this one: systemctl start vned"
+            ))
+        })
+    }
+
+    fn call<T>(
+        &self,
+        call: impl std::future::Future<Output = Result<T, jsonrpsee::core::client::Error>>,
+    ) -> Result<T, Error> {
+        let answer = self.runtime.block_on(call);
+        answer.map_err(|error| Error::Failed(explain(&error)))
+    }
+
+    /// Has it take a snapshot.
+    pub fn take(&self, request: &TakeRequest, progress: &mut dyn Progress) -> Result<Taken, Error> {
+        let job = self.call(self.client.take(request.clone()))?;
+        let done = self.watch(job, |told| {
+            if let JobTold::Take(told) = told {
+                progress.tell(told);
+            }
+        })?;
+        match done {
+            JobDone::Take(taken) => Ok(taken),
+            JobDone::Failed(why) => Err(Error::Failed(why)),
+            JobDone::Restore => Err(Error::Failed(String::from("vned did something else"))),
+        }
+    }
+
+    /// Has it restore a snapshot.
+    pub fn restore(
+        &self,
+        snapshot: SnapshotRef,
+        store: PathBuf,
+        paused: bool,
+        progress: &mut dyn restore::Progress,
+    ) -> Result<(), Error> {
+        let job = self.call(self.client.restore(snapshot, store, paused))?;
+        let done = self.watch(job, |told| match told {
+            JobTold::Building(members) => {
+                let members: Vec<&str> = members.iter().map(String::as_str).collect();
+                progress.building(&members);
+            }
+            JobTold::Built(member) => progress.built(&member),
+            JobTold::Released => progress.released(),
+            JobTold::Take(_) => {}
+        })?;
+        match done {
+            JobDone::Restore => Ok(()),
+            JobDone::Failed(why) => Err(Error::Failed(why)),
+            JobDone::Take(_) => Err(Error::Failed(String::from("vned did something else"))),
+        }
+    }
+
+    /// Follows a job to its end; a signal gives it up, and then its end is
+    /// waited for.
+    fn watch(&self, job: JobId, mut tell: impl FnMut(JobTold)) -> Result<JobDone, Error> {
+        self.call(async {
+            use tokio::signal::unix::{signal, SignalKind};
+            let asks = |kind| {
+                signal(kind).map_err(|e| jsonrpsee::core::client::Error::Custom(e.to_string()))
+            };
+            let mut int = asks(SignalKind::interrupt())?;
+            let mut term = asks(SignalKind::terminate())?;
+            let mut hangup = asks(SignalKind::hangup())?;
+            loop {
+                let watching = self.client.watch(job);
+                tokio::pin!(watching);
+                let watched = loop {
+                    tokio::select! {
+                        watched = &mut watching => break watched?,
+                        _ = int.recv() => self.client.interrupt(job).await?,
+                        _ = term.recv() => self.client.interrupt(job).await?,
+                        _ = hangup.recv() => self.client.interrupt(job).await?,
+                    }
+                };
+                for told in watched.told {
+                    tell(told);
+                }
+                if let Some(done) = watched.done {
+                    return Ok(done);
+                }
+            }
+        })
+    }
+
+    /// Has other hosts delete their parts of a snapshot.
+    pub fn remove(&self, snapshot: SnapshotRef, hosts: Vec<Name>) -> Result<(), Error> {
+        self.call(self.client.remove(snapshot, hosts))
+    }
+
+    /// How it is.
+    pub fn status(&self) -> Result<DaemonStatus, Error> {
+        self.call(self.client.status())
+    }
+
+    /// Has it read its configuration again.
+    pub fn reload(&self) -> Result<(), Error> {
+        self.call(self.client.reload())
+    }
+
+    /// Has it try its peers.
+    pub fn test_peers(&self, name: Option<&Name>) -> Result<Vec<PeerTest>, Error> {
+        self.call(self.client.test_peers(name.cloned()))
+    }
+}
+
+/// Nobody has ever listened there, or nobody does any more.
+fn is_absent(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind::{ConnectionRefused, NotFound};
+    matches!(error.kind(), NotFound | ConnectionRefused)
+}

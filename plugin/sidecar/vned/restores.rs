@@ -1,0 +1,576 @@
+//! Restores over several hosts. The leader has every host build its members
+//! paused; when all are built it decides, on disk, and has them released. A
+//! host that hears nothing for a while gives up, but for one that has built
+//! all: that asks how it was decided.
+
+use std::collections::{HashMap, HashSet};
+use std::fs::File;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Sender};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use super::super::error::Error;
+use super::super::peers::Remote;
+use super::super::restore::{self, build, RestoreRequest};
+use super::super::rpc::{
+    JobDone, JobId, JobTold, PeerClient, RestoreOutcome, RestoreStage, RestoreState, SnapshotRef,
+    Ticket,
+};
+use super::jobs::Job;
+use super::{lock, Daemon};
+use crate::image::{Manifest, Name, Store};
+use crate::sentence::sentence;
+
+/// How long a host builds on without being asked how far it is, and a leader
+/// waits for one that doesn't answer.
+const LEASE: Duration = Duration::from_secs(20);
+/// How often the leader asks.
+const POLL: Duration = Duration::from_millis(150);
+/// How long the leader tries to reach a host that has yet to let its members
+/// run; that host asks by itself after this.
+const RELEASE_MAX: Duration = Duration::from_secs(20);
+/// How long what became of it is remembered.
+const REMEMBERED: Duration = Duration::from_secs(120);
+/// Restores that this host may be building at a time.
+const SIDES_MAX: usize = 16;
+
+/// What a host's side is told.
+enum SideOrder {
+    Release { paused: bool },
+    Discard,
+}
+
+/// This host's side of a restore.
+struct Side {
+    leader: Name,
+    state: Mutex<RestoreState>,
+    /// When the leader was last heard.
+    heard: Mutex<Instant>,
+    interrupt: Mutex<Sender<restore::Heard>>,
+    orders: Mutex<Sender<SideOrder>>,
+}
+
+impl Side {
+    fn stage(&self) -> RestoreStage {
+        lock(&self.state).stage.clone()
+    }
+
+    fn set(&self, stage: RestoreStage) {
+        lock(&self.state).stage = stage;
+    }
+
+    fn is_over(&self) -> bool {
+        matches!(self.stage(), RestoreStage::Released | RestoreStage::Gone(_))
+    }
+
+    fn heard(&self) {
+        *lock(&self.heard) = Instant::now();
+    }
+
+    fn discard(&self) {
+        // One that has ended needn't be told.
+        let _ = lock(&self.interrupt).send(restore::Heard::Interrupted);
+        let _ = lock(&self.orders).send(SideOrder::Discard);
+    }
+}
+
+impl restore::Progress for Arc<Side> {
+    fn building(&mut self, _members: &[&str]) {}
+
+    fn built(&mut self, member: &str) {
+        if let Ok(member) = Name::new(member) {
+            lock(&self.state).built.push(member);
+        }
+    }
+
+    fn released(&mut self) {}
+}
+
+/// All restores that go on.
+#[derive(Default)]
+pub(super) struct Restores {
+    sides: Mutex<HashMap<Ticket, Arc<Side>>>,
+    leading: Mutex<HashSet<Ticket>>,
+}
+
+impl Restores {
+    /// Whether nothing goes on.
+    pub fn is_empty(&self) -> bool {
+        lock(&self.sides).values().all(|side| side.is_over())
+    }
+
+    /// Gives up what isn't decided.
+    pub fn stop_all(&self) {
+        for side in lock(&self.sides).values() {
+            side.discard();
+        }
+    }
+
+    fn get(&self, leader: &Name, ticket: &Ticket) -> Option<Arc<Side>> {
+        let side = lock(&self.sides).get(ticket).cloned();
+        side.filter(|side| side.leader == *leader)
+    }
+}
+
+/// Looks after what has lost its leader, or its command.
+pub(super) async fn leases(daemon: Arc<Daemon>) {
+    loop {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        daemon.jobs.interrupt_unwatched();
+        let sides: Vec<_> = {
+            let mut sides = lock(&daemon.restores.sides);
+            sides.retain(|_, side| !(side.is_over() && lock(&side.heard).elapsed() > REMEMBERED));
+            let listed = sides.iter();
+            listed
+                .map(|(ticket, side)| (ticket.clone(), Arc::clone(side)))
+                .collect()
+        };
+        for (ticket, side) in sides {
+            if lock(&side.heard).elapsed() < LEASE {
+                continue;
+            }
+            match side.stage() {
+                RestoreStage::Building => side.discard(),
+                RestoreStage::Built => daemon.ask_outcome(&ticket, &side).await,
+                RestoreStage::Released | RestoreStage::Gone(_) => {}
+            }
+        }
+    }
+}
+
+impl Daemon {
+    async fn ask_outcome(self: &Arc<Self>, ticket: &Ticket, side: &Arc<Side>) {
+        let outcome = if side.leader == self.here() {
+            Ok(self.restore_outcome(&side.leader, ticket))
+        } else {
+            let Some(remote) = self.remote(&side.leader) else {
+                return;
+            };
+            let ticket = ticket.clone();
+            let outcome = remote.call(|client| async move { client.outcome(ticket).await });
+            outcome.await
+        };
+        match outcome {
+            Ok(RestoreOutcome::Open) => side.heard(),
+            Ok(RestoreOutcome::Released) => {
+                let _ = lock(&side.orders).send(SideOrder::Release { paused: false });
+            }
+            Ok(RestoreOutcome::Unknown) => side.discard(),
+            // Paused domains harm nobody: asked again soon.
+            Err(why) => log::info!("{}: {why}", side.leader),
+        }
+    }
+
+    // This host's side.
+
+    /// Starts building this host's members for a leader.
+    pub(super) fn build_for(
+        self: &Arc<Self>,
+        leader: &Name,
+        ticket: Ticket,
+        snapshot: &SnapshotRef,
+    ) -> Result<(), Error> {
+        let store = self.store(&snapshot.vne)?;
+        self.build_from(leader, ticket, snapshot, store)
+    }
+
+    fn build_from(
+        self: &Arc<Self>,
+        leader: &Name,
+        ticket: Ticket,
+        snapshot: &SnapshotRef,
+        store: PathBuf,
+    ) -> Result<(), Error> {
+        let opened = Store::open(&store)?
+            .catalogue()
+            .get(&snapshot.vne, &snapshot.id)?;
+        let mut sides = lock(&self.restores.sides);
+        if sides.contains_key(&ticket) {
+            return Ok(());
+        }
+        if sides.values().filter(|side| !side.is_over()).count() >= SIDES_MAX {
+            return Err(Error::Failed(String::from("too many restores at a time")));
+        }
+        let (said, heard) = mpsc::channel();
+        let (to, orders) = mpsc::channel();
+        let side = Arc::new(Side {
+            leader: leader.clone(),
+            state: Mutex::new(RestoreState {
+                built: Vec::new(),
+                stage: RestoreStage::Building,
+            }),
+            heard: Mutex::new(Instant::now()),
+            interrupt: Mutex::new(said.clone()),
+            orders: Mutex::new(to),
+        });
+        sides.insert(ticket, Arc::clone(&side));
+        drop(sides);
+        let request = RestoreRequest {
+            store,
+            run_dir: self.run_dir.clone(),
+            program: self.program.clone(),
+            leader: Some(leader.clone()),
+            paused: false,
+        };
+        std::thread::spawn(move || {
+            let stage = match build(&request, &opened, (said, heard), &mut Arc::clone(&side)) {
+                Err(error) => RestoreStage::Gone(Some(sentence(&error))),
+                Ok(built) => {
+                    side.set(RestoreStage::Built);
+                    match orders.recv() {
+                        Ok(SideOrder::Release { paused }) => match built.release(paused) {
+                            Ok(()) => RestoreStage::Released,
+                            Err(error) => RestoreStage::Gone(Some(sentence(&error))),
+                        },
+                        Ok(SideOrder::Discard) | Err(_) => {
+                            built.discard();
+                            RestoreStage::Gone(None)
+                        }
+                    }
+                }
+            };
+            side.set(stage);
+        });
+        Ok(())
+    }
+
+    /// How far this host is.
+    pub(super) fn restore_state(&self, leader: &Name, ticket: &Ticket) -> Option<RestoreState> {
+        let side = self.restores.get(leader, ticket)?;
+        side.heard();
+        let state = lock(&side.state).clone();
+        Some(state)
+    }
+
+    /// Lets this host's members run.
+    pub(super) fn restore_release(
+        &self,
+        leader: &Name,
+        ticket: &Ticket,
+        paused: bool,
+    ) -> Option<()> {
+        let side = self.restores.get(leader, ticket)?;
+        side.heard();
+        // One that has ended says so when it's asked.
+        let _ = lock(&side.orders).send(SideOrder::Release { paused });
+        Some(())
+    }
+
+    /// Destroys what this host has built, unless it runs already.
+    pub(super) fn restore_discard(&self, leader: &Name, ticket: &Ticket) {
+        if let Some(side) = self.restores.get(leader, ticket) {
+            side.discard();
+        }
+    }
+
+    /// How a restore that this host leads was decided.
+    pub(super) fn restore_outcome(&self, _peer: &Name, ticket: &Ticket) -> RestoreOutcome {
+        if self.decision(ticket).exists() {
+            RestoreOutcome::Released
+        } else if lock(&self.restores.leading).contains(ticket) {
+            RestoreOutcome::Open
+        } else {
+            RestoreOutcome::Unknown
+        }
+    }
+
+    /// Is there from the decision on, until all hosts have heard of it. After a
+    /// restart of this host nothing is left that it could be about.
+    fn decision(&self, ticket: &Ticket) -> PathBuf {
+        self.run_dir
+            .join("vne")
+            .join(format!("released-{}", ticket.0))
+    }
+
+    // Leading.
+
+    /// Starts a restore as a job.
+    pub(super) fn start_restore(
+        self: &Arc<Self>,
+        snapshot: SnapshotRef,
+        store: PathBuf,
+        paused: bool,
+    ) -> Result<JobId, Error> {
+        let interrupted = Arc::new(AtomicBool::new(false));
+        let flag = Arc::clone(&interrupted);
+        let interrupt = move || flag.store(true, Ordering::Relaxed);
+        let daemon = Arc::clone(self);
+        let work = move |job: &Arc<Job>| {
+            let lead = LeadRestore {
+                daemon: &daemon,
+                snapshot: &snapshot,
+                paused,
+                interrupted: &interrupted,
+                job,
+            };
+            match lead.run(store) {
+                Ok(()) => JobDone::Restore,
+                Err(error) => JobDone::Failed(sentence(&error)),
+            }
+        };
+        self.jobs
+            .start(interrupt, work)
+            .map_err(Error::start("start a thread"))
+    }
+}
+
+struct LeadRestore<'a> {
+    daemon: &'a Arc<Daemon>,
+    snapshot: &'a SnapshotRef,
+    paused: bool,
+    interrupted: &'a AtomicBool,
+    job: &'a Arc<Job>,
+}
+
+/// A host whose members are being built.
+struct Party {
+    name: Name,
+    /// None for this host.
+    remote: Option<Arc<Remote>>,
+    told: usize,
+    heard: Instant,
+    state: Option<RestoreState>,
+}
+
+impl LeadRestore<'_> {
+    fn run(&self, store: PathBuf) -> Result<(), Error> {
+        let opened = Store::open(&store)?
+            .catalogue()
+            .get(&self.snapshot.vne, &self.snapshot.id)?;
+        let mut parties = self.parties(opened.manifest())?;
+        let number = crate::random::number().map_err(Error::start("get a random number"))?;
+        let ticket = Ticket(Name::new(&format!("{number:016x}"))?);
+        lock(&self.daemon.restores.leading).insert(ticket.clone());
+        let result = self.build(&mut parties, &ticket, store, opened.manifest());
+        let result = match result {
+            Ok(()) => self.release(&mut parties, &ticket),
+            Err(error) => {
+                self.give_up(&parties, &ticket);
+                Err(error)
+            }
+        };
+        lock(&self.daemon.restores.leading).remove(&ticket);
+        result
+    }
+
+    fn parties(&self, manifest: &Manifest) -> Result<Vec<Party>, Error> {
+        let here = self.daemon.here();
+        let mut parties: Vec<Party> = Vec::new();
+        for member in &manifest.members {
+            if parties.iter().any(|party| party.name == member.host) {
+                continue;
+            }
+            let remote = if member.host == here {
+                None
+            } else {
+                Some(self.daemon.peer_for(&member.host, &self.snapshot.vne)?)
+            };
+            parties.push(Party {
+                name: member.host.clone(),
+                remote,
+                told: 0,
+                heard: Instant::now(),
+                state: None,
+            });
+        }
+        Ok(parties)
+    }
+
+    fn build(
+        &self,
+        parties: &mut [Party],
+        ticket: &Ticket,
+        store: PathBuf,
+        manifest: &Manifest,
+    ) -> Result<(), Error> {
+        let names = manifest.members.iter();
+        let names = names.map(|member| format!("{}:{}", member.host, member.name));
+        self.job.tell(JobTold::Building(names.collect()));
+        let failed = |name: &Name, why: &str| Error::Failed(format!("{name}: {why}"));
+        for party in parties.iter() {
+            let (ticket, snapshot) = (ticket.clone(), self.snapshot.clone());
+            match &party.remote {
+                None => {
+                    let here = self.daemon.here();
+                    self.daemon
+                        .build_from(&here, ticket, &snapshot, store.clone())?;
+                }
+                Some(remote) => self
+                    .call(remote, |client| async move {
+                        client.build(ticket, snapshot).await
+                    })
+                    .map_err(|why| failed(&party.name, &why))?,
+            }
+        }
+        loop {
+            if self.interrupted.load(Ordering::Relaxed) {
+                return Err(Error::Failed(String::from("interrupted")));
+            }
+            for party in parties.iter_mut() {
+                self.look(party, ticket)
+                    .map_err(|why| failed(&party.name, &why))?;
+                if let Some(RestoreStage::Gone(why)) = party.stage() {
+                    let why = why.as_deref().unwrap_or("it gave up");
+                    return Err(failed(&party.name, why));
+                }
+            }
+            if parties
+                .iter()
+                .all(|party| party.stage() == Some(&RestoreStage::Built))
+            {
+                return Ok(());
+            }
+            std::thread::sleep(POLL);
+        }
+    }
+
+    /// Asks a host how far it is.
+    fn look(&self, party: &mut Party, ticket: &Ticket) -> Result<(), String> {
+        let state = match &party.remote {
+            None => self
+                .daemon
+                .restore_state(&self.daemon.here(), ticket)
+                .ok_or_else(|| String::from("its part is gone")),
+            Some(remote) => {
+                let ticket = ticket.clone();
+                self.call(remote, |client| async move { client.built(ticket).await })
+            }
+        };
+        match state {
+            Ok(state) => {
+                party.heard = Instant::now();
+                for name in state.built.iter().skip(party.told) {
+                    self.job
+                        .tell(JobTold::Built(format!("{}:{name}", party.name)));
+                }
+                party.told = state.built.len();
+                party.state = Some(state);
+                Ok(())
+            }
+            Err(why) if party.heard.elapsed() > LEASE => Err(why),
+            Err(_) => Ok(()),
+        }
+    }
+
+    /// All members run from here on, on each host as soon as it hears so.
+    fn release(&self, parties: &mut [Party], ticket: &Ticket) -> Result<(), Error> {
+        let decision = self.daemon.decision(ticket);
+        let made = File::options()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&decision);
+        if let Err(error) = made {
+            self.give_up(parties, ticket);
+            return Err(Error::Failed(format!("{}: {error}", decision.display())));
+        }
+        let start = Instant::now();
+        self.order_release(parties, ticket);
+        loop {
+            for party in parties.iter_mut() {
+                // What isn't heard of is asked again.
+                let _ = self.look(party, ticket);
+            }
+            let over = |party: &Party| {
+                matches!(
+                    party.stage(),
+                    Some(RestoreStage::Released | RestoreStage::Gone(_))
+                )
+            };
+            if parties.iter().all(over) {
+                break;
+            }
+            if start.elapsed() > RELEASE_MAX {
+                let late = parties.iter().filter(|party| !over(party));
+                let late: Vec<&str> = late.map(|party| party.name.as_str()).collect();
+                return Err(Error::Failed(format!(
+                    "{}: not heard of since all was built; the members there run as soon as it \
+                     can be reached",
+                    late.join(", ")
+                )));
+            }
+            std::thread::sleep(POLL);
+            self.order_release(parties, ticket);
+        }
+        // Nobody will ask any more.
+        let _ = std::fs::remove_file(&decision);
+        for party in parties.iter() {
+            if let Some(RestoreStage::Gone(why)) = party.stage() {
+                let why = why.as_deref().unwrap_or("it gave up");
+                return Err(Error::Failed(format!("{}: {why}", party.name)));
+            }
+        }
+        self.job.tell(JobTold::Released);
+        Ok(())
+    }
+
+    /// Far ones first, and all at once.
+    fn order_release(&self, parties: &[Party], ticket: &Ticket) {
+        let waiting = |party: &&Party| party.stage() == Some(&RestoreStage::Built);
+        let paused = self.paused;
+        let mut calls = Vec::new();
+        for party in parties.iter().filter(waiting) {
+            if let Some(remote) = &party.remote {
+                let (remote, ticket) = (Arc::clone(remote), ticket.clone());
+                calls.push(self.daemon.runtime.spawn(async move {
+                    let call =
+                        remote.call(|client| async move { client.release(ticket, paused).await });
+                    call.await
+                }));
+            }
+        }
+        if parties
+            .iter()
+            .filter(waiting)
+            .any(|party| party.remote.is_none())
+        {
+            let here = self.daemon.here();
+            self.daemon.restore_release(&here, ticket, paused);
+        }
+        for call in calls {
+            // Answers come with the next look.
+            let _ = self.daemon.runtime.block_on(call);
+        }
+    }
+
+    fn give_up(&self, parties: &[Party], ticket: &Ticket) {
+        for party in parties {
+            match &party.remote {
+                None => self.daemon.restore_discard(&self.daemon.here(), ticket),
+                Some(remote) => {
+                    let ticket = ticket.clone();
+                    let told =
+                        self.call(remote, |client| async move { client.discard(ticket).await });
+                    if let Err(why) = told {
+                        log::warn!("{}: {why}; it gives up by itself", party.name);
+                    }
+                }
+            }
+        }
+        // The command is told when nothing is left here.
+        let side = self.daemon.restores.get(&self.daemon.here(), ticket);
+        while side.as_ref().is_some_and(|side| !side.is_over()) {
+            std::thread::sleep(POLL);
+        }
+    }
+
+    fn call<T, F>(
+        &self,
+        remote: &Arc<Remote>,
+        call: impl FnOnce(Arc<jsonrpsee::core::client::Client>) -> F,
+    ) -> Result<T, String>
+    where
+        F: std::future::Future<Output = Result<T, jsonrpsee::core::client::Error>>,
+    {
+        self.daemon.runtime.block_on(remote.call(call))
+    }
+}
+
+impl Party {
+    fn stage(&self) -> Option<&RestoreStage> {
+        self.state.as_ref().map(|state| &state.stage)
+    }
+}

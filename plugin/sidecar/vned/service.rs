@@ -1,0 +1,161 @@
+//! What peers may ask. Every call says which VNE it's about, or is about
+//! something that did; and is looked at by who asks.
+
+use std::sync::Arc;
+
+use jsonrpsee::core::{async_trait, RpcResult};
+use jsonrpsee::Methods;
+
+use super::super::rpc::{
+    refusal, Hello, PeerServer, RestoreOutcome, RestoreState, SnapshotRef, Ticket,
+};
+use super::super::tls::Fingerprint;
+use super::super::wire::{News, Order};
+use super::Daemon;
+use crate::clock::now_ns;
+use crate::image::Name;
+use crate::sentence::sentence;
+
+/// One peer's connection.
+pub(super) struct Service {
+    daemon: Arc<Daemon>,
+    peer: Name,
+    fingerprint: Fingerprint,
+}
+
+impl Service {
+    /// What a peer may call.
+    pub fn methods(daemon: &Arc<Daemon>, peer: &Name, fingerprint: Fingerprint) -> Methods {
+        let service = Self {
+            daemon: Arc::clone(daemon),
+            peer: peer.clone(),
+            fingerprint,
+        };
+        service.into_rpc().into()
+    }
+
+    /// Refuses a peer that was removed a moment ago.
+    fn still_a_peer(&self) -> RpcResult<()> {
+        let still = self.daemon.setup(|setup| {
+            let peer = setup.conf.peer_by(&self.fingerprint);
+            peer.is_some_and(|peer| peer.name == self.peer)
+        });
+        if still {
+            Ok(())
+        } else {
+            Err(refusal("you are no peer any more"))
+        }
+    }
+
+    /// Refuses what is about a VNE that the peer isn't listed for.
+    fn may(&self, vne: &Name) -> RpcResult<()> {
+        self.still_a_peer()?;
+        if self.daemon.may(&self.peer, vne) {
+            Ok(())
+        } else {
+            log::warn!(
+                "peer '{}' asked about VNE '{vne}', for which it isn't listed",
+                self.peer
+            );
+            Err(refusal(self.daemon.not_for(&self.peer, vne)))
+        }
+    }
+
+    /// Does what takes a moment where that holds up nobody.
+    async fn apart<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Arc<Daemon>, &Name) -> Result<T, super::Error> + Send + 'static,
+    ) -> RpcResult<T> {
+        let (daemon, peer) = (Arc::clone(&self.daemon), self.peer.clone());
+        let done = tokio::task::spawn_blocking(move || work(&daemon, &peer));
+        match done.await {
+            Ok(result) => result.map_err(|error| refusal(sentence(&error))),
+            Err(error) => Err(refusal(error.to_string())),
+        }
+    }
+}
+
+impl Daemon {
+    /// The same words whether there is such a VNE or not.
+    pub(super) fn not_for(&self, peer: &Name, vne: &Name) -> String {
+        format!(
+            "host '{}' doesn't act for '{peer}' in a VNE '{vne}' (there: xl vne-snapshot peer add, \
+             and a description of the VNE)",
+            self.here()
+        )
+    }
+}
+
+#[async_trait]
+impl PeerServer for Service {
+    async fn hello(&self, hello: Hello) -> RpcResult<Hello> {
+        self.still_a_peer()?;
+        let here = Hello::of(self.daemon.here());
+        hello.check(&self.peer).map_err(|why| {
+            log::warn!("peer '{}': {why}", self.peer);
+            refusal(why)
+        })?;
+        Ok(here)
+    }
+
+    async fn clock(&self) -> RpcResult<u64> {
+        Ok(now_ns())
+    }
+
+    async fn order(&self, order: Order) -> RpcResult<()> {
+        match &order.plan {
+            Some(plan) => self.may(&plan.vne)?,
+            None => self.still_a_peer()?,
+        }
+        // The way of the cut itself: no thread is started for it.
+        let Some(order) = self.daemon.pass_on_order(&self.peer, order) else {
+            return Ok(());
+        };
+        self.apart(move |daemon, peer| daemon.order(peer, order))
+            .await
+    }
+
+    async fn news(&self, news: News) -> RpcResult<()> {
+        self.still_a_peer()?;
+        let Some(news) = self.daemon.pass_on_news(&self.peer, news) else {
+            return Ok(());
+        };
+        self.apart(move |daemon, peer| daemon.news(peer, news))
+            .await
+    }
+
+    async fn build(&self, ticket: Ticket, snapshot: SnapshotRef) -> RpcResult<()> {
+        self.may(&snapshot.vne)?;
+        self.apart(move |daemon, peer| daemon.build_for(peer, ticket, &snapshot))
+            .await
+    }
+
+    async fn built(&self, ticket: Ticket) -> RpcResult<RestoreState> {
+        self.still_a_peer()?;
+        let state = self.daemon.restore_state(&self.peer, &ticket);
+        state.ok_or_else(|| refusal("that restore isn't known here"))
+    }
+
+    async fn release(&self, ticket: Ticket, paused: bool) -> RpcResult<()> {
+        self.still_a_peer()?;
+        let told = self.daemon.restore_release(&self.peer, &ticket, paused);
+        told.ok_or_else(|| refusal("that restore isn't known here"))
+    }
+
+    async fn discard(&self, ticket: Ticket) -> RpcResult<()> {
+        self.still_a_peer()?;
+        self.daemon.restore_discard(&self.peer, &ticket);
+        Ok(())
+    }
+
+    async fn outcome(&self, ticket: Ticket) -> RpcResult<RestoreOutcome> {
+        self.still_a_peer()?;
+        Ok(self.daemon.restore_outcome(&self.peer, &ticket))
+    }
+
+    async fn remove(&self, snapshot: SnapshotRef) -> RpcResult<bool> {
+        self.may(&snapshot.vne)?;
+        self.apart(move |daemon, _| daemon.remove_here(&snapshot))
+            .await
+    }
+}

@@ -1,0 +1,579 @@
+//! Takes: those that this host leads, and its side of all.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Sender};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant, SystemTime};
+
+use super::super::acting::{self, HereLink, Which};
+use super::super::error::Error;
+use super::super::journal::Register;
+use super::super::lead::{self, hosts, lead, plan, Lead, Link, TakeRequest, Taken};
+use super::super::peers::RemoteLink;
+use super::super::rpc::{InDoubt, JobDone, JobId, SnapshotRef};
+use super::super::take::sweep;
+use super::super::vote::{self, Vote};
+use super::super::wire::{Attached, News, Order, Plan};
+use super::jobs::Job;
+use super::{lock, Daemon};
+use crate::clock::now_ns;
+use crate::cut::{self, unattended, Host, HostAction, HostInput, HostLimits, Reply, TakeId};
+use crate::image::{self, Manifest, Name, Store};
+use crate::sentence::sentence;
+
+/// Sides that this host may have at a time.
+const SIDES_MAX: usize = 64;
+/// Members on this host in one take.
+const MEMBERS_MAX: usize = 4096;
+/// What a peer may ask for at most: longer than any of ours, in ns.
+const LIMITS_MAX: HostLimits = HostLimits {
+    hold_ns: 30_000_000_000,
+    lease_ns: 300_000_000_000,
+    ask_ns: 60_000_000_000,
+};
+const HOLD_BYTES_MAX: u32 = 1 << 30;
+/// How often an outcome that isn't known is asked for.
+const ASK: Duration = Duration::from_secs(1);
+
+/// A take that this host leads.
+struct Leading {
+    vne: Name,
+    hosts: Vec<Name>,
+    to: Sender<lead::Heard>,
+    since: Instant,
+}
+
+/// This host's side of a take.
+struct Side {
+    leader: Name,
+    link: HereLink,
+}
+
+/// A part that waits for its outcome after a restart.
+struct Doubt {
+    leader: Name,
+    snapshot: SnapshotRef,
+    to: Sender<Order>,
+}
+
+/// All takes that go on.
+#[derive(Default)]
+pub(super) struct Takes {
+    leading: Mutex<HashMap<TakeId, Leading>>,
+    sides: Mutex<HashMap<TakeId, Side>>,
+    doubts: Mutex<HashMap<TakeId, Doubt>>,
+    stopping: AtomicBool,
+}
+
+impl Takes {
+    /// Whether nothing goes on.
+    pub fn is_empty(&self) -> bool {
+        lock(&self.leading).is_empty() && lock(&self.sides).is_empty()
+    }
+
+    /// Ends all sides, as far as they may end. Those led here end with their
+    /// leaders.
+    pub fn stop_all(&self) {
+        self.stopping.store(true, Ordering::Relaxed);
+        for side in lock(&self.sides).values() {
+            let why = String::from("vned is being stopped");
+            // One that has ended needn't be told.
+            let _ = side.link.0.send(acting::Heard::Stop(why));
+        }
+    }
+
+    /// Parts whose outcome isn't known.
+    pub fn in_doubt(&self) -> Vec<InDoubt> {
+        let doubts = lock(&self.doubts);
+        let doubt = |doubt: &Doubt| InDoubt {
+            snapshot: doubt.snapshot.to_string(),
+            leader: doubt.leader.to_string(),
+        };
+        doubts.values().map(doubt).collect()
+    }
+}
+
+/// Takes its entry out of a table when the work is over, however it ends.
+struct Entered<F: FnMut()>(F);
+
+impl<F: FnMut()> Drop for Entered<F> {
+    fn drop(&mut self) {
+        (self.0)();
+    }
+}
+
+impl Daemon {
+    // Leading.
+
+    /// Starts a take as a job.
+    pub(super) fn start_take(self: &Arc<Self>, request: TakeRequest) -> Result<JobId, Error> {
+        let (said, heard) = mpsc::channel();
+        let interrupted = Mutex::new(said.clone());
+        let interrupt = move || {
+            let _ = lock(&interrupted).send(lead::Heard::Interrupted);
+        };
+        let daemon = Arc::clone(self);
+        let work = move |job: &Arc<Job>| {
+            let taken = daemon.lead_take(&request, said, &heard, job);
+            match taken {
+                Ok(taken) => JobDone::Take(taken),
+                Err(error) => JobDone::Failed(sentence(&error)),
+            }
+        };
+        self.jobs
+            .start(interrupt, work)
+            .map_err(Error::start("start a thread"))
+    }
+
+    fn lead_take(
+        self: &Arc<Self>,
+        request: &TakeRequest,
+        said: Sender<lead::Heard>,
+        heard: &mpsc::Receiver<lead::Heard>,
+        job: &Arc<Job>,
+    ) -> Result<Taken, Error> {
+        request.check()?;
+        let here = self.here();
+        let hosts = hosts(&here, request);
+        let mut links: Vec<Box<dyn Link>> = Vec::new();
+        for host in hosts.iter().skip(1) {
+            links.push(Box::new(RemoteLink::new(
+                self.peer_for(host, &request.vne)?,
+            )));
+        }
+        let register = Register::open(&self.run_dir)?;
+        sweep(&self.program, &register)?;
+        let store = self.store(&request.vne)?;
+        let id = Store::open(&store)?.free_id(&request.vne, SystemTime::now())?;
+        let take = TakeId(number()?);
+        let _entered = self.enter_leading(take, request, &hosts, &said)?;
+
+        let plan = plan(request, &id, &here, &here);
+        let to = said.clone();
+        let say = move |news| drop(to.send(lead::Heard::News(0, Box::new(news))));
+        let (which, place) = (Which::new(take)?, self.place(store));
+        let side = acting::start(place, plan, which, say)?;
+        links.insert(0, Box::new(side.link.clone()));
+        let decide = side.link.decider(said);
+        drop(side.link);
+        let lead_it = Lead {
+            request,
+            take,
+            id,
+            links,
+            decide,
+        };
+        let result = lead(&lead_it, &here, heard, &mut Arc::clone(job));
+        drop(lead_it);
+        // All is undone here when it has ended.
+        let _ = side.thread.join();
+        result
+    }
+
+    /// A peer that acts for this host in a VNE.
+    pub(super) fn peer_for(&self, host: &Name, vne: &Name) -> Result<Arc<super::Remote>, Error> {
+        let unknown = |what: &str| {
+            Error::Failed(format!(
+                "host '{host}' {what}: xl vne-snapshot peer add {host} ADDRESS FINGERPRINT --vne \
+                 {vne}"
+            ))
+        };
+        if self.setup(|setup| setup.identity.is_none()) {
+            return Err(Error::Failed(String::from(
+                "this host has no identity to show to its peers: xl vne-snapshot peer init",
+            )));
+        }
+        let remote = self
+            .remote(host)
+            .ok_or_else(|| unknown("is no peer of this one"))?;
+        if remote.peer.may(vne) {
+            Ok(remote)
+        } else {
+            Err(unknown(&format!("isn't listed for VNE '{vne}'")))
+        }
+    }
+
+    fn enter_leading(
+        self: &Arc<Self>,
+        take: TakeId,
+        request: &TakeRequest,
+        hosts: &[Name],
+        to: &Sender<lead::Heard>,
+    ) -> Result<impl Drop, Error> {
+        let mut leading = lock(&self.takes.leading);
+        if self.takes.stopping.load(Ordering::Relaxed) {
+            return Err(Error::Failed(String::from("vned is being stopped")));
+        }
+        if let Some(other) = leading.values().find(|other| other.vne == request.vne) {
+            return Err(Error::Failed(format!(
+                "a take of VNE '{}' has been running for {} s, led by this host",
+                request.vne,
+                other.since.elapsed().as_secs()
+            )));
+        }
+        leading.insert(
+            take,
+            Leading {
+                vne: request.vne.clone(),
+                hosts: hosts.to_vec(),
+                to: to.clone(),
+                since: Instant::now(),
+            },
+        );
+        let daemon = Arc::clone(self);
+        Ok(Entered(move || {
+            lock(&daemon.takes.leading).remove(&take);
+        }))
+    }
+
+    // News.
+
+    /// To the take that it's about, if that goes on; else it comes back.
+    pub(super) fn pass_on_news(&self, peer: &Name, news: News) -> Option<News> {
+        let leading = lock(&self.takes.leading);
+        let Some(take) = leading.get(&news.take()) else {
+            return Some(news);
+        };
+        if let Some(host) = take.hosts.iter().position(|host| host == peer) {
+            // A leader that has ended doesn't want to know.
+            let _ = take.to.send(lead::Heard::News(host, Box::new(news)));
+        }
+        None
+    }
+
+    /// About a take that nobody leads here (any more).
+    pub(super) fn news(self: &Arc<Self>, peer: &Name, news: News) -> Result<(), Error> {
+        let News::Said { message, attached } = news else {
+            return Ok(());
+        };
+        let committed = match attached {
+            Attached::Part { vne, id, .. } if self.may(peer, &vne) => {
+                self.listed(&SnapshotRef { vne, id }, message.take, Some(peer))?
+            }
+            _ => None,
+        };
+        let order = unattended::as_coordinator(&message, committed.is_some());
+        if let (Some(message), Some(remote)) = (order, self.remote(peer)) {
+            let manifest = committed.filter(|_| message.order == cut::Order::Commit);
+            remote.order(Order {
+                message,
+                plan: None,
+                manifest: manifest.map(Box::new),
+            });
+        }
+        Ok(())
+    }
+
+    /// The manifest of a snapshot that a take has made, if it exists here, and
+    /// `host` has a part of it.
+    fn listed(
+        &self,
+        snapshot: &SnapshotRef,
+        take: TakeId,
+        host: Option<&Name>,
+    ) -> Result<Option<Manifest>, Error> {
+        let store = Store::open(&self.store(&snapshot.vne)?)?;
+        match store.catalogue().get(&snapshot.vne, &snapshot.id) {
+            Ok(found) => {
+                let manifest = found.manifest();
+                let theirs = host.is_none_or(|host| manifest.hosts.contains(host));
+                let same = manifest.take == take.to_string() && theirs;
+                Ok(same.then(|| manifest.clone()))
+            }
+            Err(image::Error::NoSnapshot { .. }) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    // Orders.
+
+    /// To this host's side of the take, if there is one; else it comes back.
+    pub(super) fn pass_on_order(&self, peer: &Name, order: Order) -> Option<Order> {
+        let take = order.message.take;
+        if let Some(side) = lock(&self.takes.sides).get(&take) {
+            if side.leader == *peer {
+                side.link.order(order);
+            }
+            return None;
+        }
+        if let Some(doubt) = lock(&self.takes.doubts).get(&take) {
+            if doubt.leader == *peer {
+                let _ = doubt.to.send(order);
+            }
+            return None;
+        }
+        Some(order)
+    }
+
+    /// About a take that this host has no side of (yet).
+    pub(super) fn order(self: &Arc<Self>, peer: &Name, order: Order) -> Result<(), Error> {
+        let message = order.message;
+        let snapshot = match (&order.plan, &order.manifest) {
+            (Some(plan), _) => Some(SnapshotRef {
+                vne: plan.vne.clone(),
+                id: plan.id.clone(),
+            }),
+            (None, Some(manifest)) => Some(SnapshotRef {
+                vne: manifest.vne.clone(),
+                id: manifest.id.clone(),
+            }),
+            _ => None,
+        };
+        let committed = match snapshot {
+            Some(snapshot) if self.may(peer, &snapshot.vne) => {
+                self.listed(&snapshot, message.take, None)?.is_some()
+            }
+            _ => false,
+        };
+        let say = |news: News| {
+            if let Some(remote) = self.remote(peer) {
+                remote.tell(news);
+            }
+        };
+        if message.order == cut::Order::Prepare && !committed {
+            if let Some(plan) = order.plan {
+                // Fails before there is a session: said as an end of the take.
+                if let Err(error) = self.start_side(peer, message.take, *plan) {
+                    log::warn!("peer '{peer}': {}", sentence(&error));
+                    say(News::Said {
+                        message: cut::FromHost {
+                            take: message.take,
+                            session: None,
+                            reply: Reply::Failed(sentence(&error)),
+                        },
+                        attached: Attached::Nothing,
+                    });
+                }
+                return Ok(());
+            }
+        }
+        if let Some(message) = unattended::as_host(&message, committed) {
+            say(News::Said {
+                message,
+                attached: Attached::Nothing,
+            });
+        }
+        Ok(())
+    }
+
+    fn start_side(self: &Arc<Self>, peer: &Name, take: TakeId, plan: Plan) -> Result<(), Error> {
+        let here = self.here();
+        let described = self.vne(&plan.vne)?;
+        let not_for = || Error::Failed(self.not_for(peer, &plan.vne));
+        let described = described.ok_or_else(not_for)?;
+        check(peer, &here, &plan, &described).map_err(Error::Failed)?;
+        sweep(&self.program, &Register::open(&self.run_dir)?)?;
+        let mut sides = lock(&self.takes.sides);
+        if sides.contains_key(&take) {
+            return Ok(());
+        }
+        if sides.len() >= SIDES_MAX || self.takes.stopping.load(Ordering::Relaxed) {
+            return Err(Error::Failed(format!("host '{here}' takes no more now")));
+        }
+        let remote = self
+            .remote(peer)
+            .ok_or_else(|| Error::Failed(format!("'{peer}' is no peer")))?;
+        let say = move |news| remote.tell(news);
+        let started = acting::start(self.place(described.store), plan, Which::new(take)?, say)?;
+        sides.insert(
+            take,
+            Side {
+                leader: peer.clone(),
+                link: started.link,
+            },
+        );
+        drop(sides);
+        let daemon = Arc::clone(self);
+        std::thread::spawn(move || {
+            let _ = started.thread.join();
+            lock(&daemon.takes.sides).remove(&take);
+        });
+        Ok(())
+    }
+
+    // In doubt.
+
+    /// Goes on with the parts that a daemon before this one voted for.
+    pub(super) fn resume_in_doubt(self: &Arc<Self>, stores: &[PathBuf]) {
+        for root in stores {
+            let found = Store::open(root).and_then(|store| store.in_doubt());
+            let found = match found {
+                Ok(found) => found,
+                Err(error) => {
+                    log::error!("{}: {}", root.display(), sentence(&error));
+                    continue;
+                }
+            };
+            for (part, bytes) in found {
+                match Vote::decode(&bytes) {
+                    Ok(vote) => self.doubt(part, vote),
+                    Err(error) => log::error!("{}: {}", part.dir().display(), sentence(&error)),
+                }
+            }
+        }
+    }
+
+    fn doubt(self: &Arc<Self>, mut part: image::Take, vote: Vote) {
+        let snapshot = SnapshotRef {
+            vne: part.vne().clone(),
+            id: part.id().clone(),
+        };
+        let host = &vote.leader;
+        log::warn!("{snapshot}: asking host '{host}' whether it exists");
+        let (to, orders) = mpsc::channel();
+        let doubt = Doubt {
+            leader: vote.leader.clone(),
+            snapshot: snapshot.clone(),
+            to,
+        };
+        lock(&self.takes.doubts).insert(vote.take, doubt);
+        let daemon = Arc::clone(self);
+        std::thread::spawn(move || {
+            match daemon.ask_until_known(&vote, &snapshot, &orders) {
+                Some(manifest) => {
+                    let here = daemon.here();
+                    let made = vote::commit(&mut part, &here, &manifest, &vote.members);
+                    match made {
+                        Ok(()) => {
+                            log::info!("{snapshot} exists");
+                            daemon.answer(&vote, Reply::Committed);
+                        }
+                        Err(error) => log::error!("{snapshot}: {}", sentence(&error)),
+                    }
+                }
+                None => match part.discard() {
+                    Ok(()) => {
+                        log::info!("{snapshot} doesn't exist");
+                        daemon.answer(&vote, Reply::Aborted);
+                    }
+                    Err(error) => log::error!("{snapshot}: {}", sentence(&error)),
+                },
+            }
+            lock(&daemon.takes.doubts).remove(&vote.take);
+        });
+    }
+
+    /// The manifest, if the snapshot exists.
+    fn ask_until_known(
+        &self,
+        vote: &Vote,
+        snapshot: &SnapshotRef,
+        orders: &mpsc::Receiver<Order>,
+    ) -> Option<Manifest> {
+        let ask_ns = u64::try_from(ASK.as_nanos()).unwrap_or(u64::MAX);
+        let limits = HostLimits {
+            ask_ns,
+            ..LIMITS_MAX
+        };
+        let mut host = Host::in_doubt(vote.take, vote.session, limits, now_ns());
+        let mut outcome = None;
+        let mut input = HostInput::Tick;
+        loop {
+            for action in host.handle(now_ns(), input) {
+                match action {
+                    HostAction::Say(message) => self.say(vote, message, snapshot),
+                    HostAction::Commit => return outcome,
+                    HostAction::Undo => return None,
+                    _ => {}
+                }
+            }
+            input = match orders.recv_timeout(ASK) {
+                Ok(order) => {
+                    if let Some(manifest) = order.manifest {
+                        outcome = Some(*manifest);
+                    }
+                    let commits = order.message.order == cut::Order::Commit;
+                    if commits && outcome.is_none() {
+                        // Of no use: it's asked for again.
+                        HostInput::Tick
+                    } else {
+                        HostInput::Heard(order.message)
+                    }
+                }
+                Err(_) => HostInput::Tick,
+            };
+        }
+    }
+
+    fn say(&self, vote: &Vote, message: cut::FromHost, snapshot: &SnapshotRef) {
+        if let Some(remote) = self.remote(&vote.leader) {
+            remote.tell(News::Said {
+                message,
+                attached: Attached::Part {
+                    vne: snapshot.vne.clone(),
+                    id: snapshot.id.clone(),
+                    members: vote.members.clone(),
+                },
+            });
+        }
+    }
+
+    fn answer(&self, vote: &Vote, reply: Reply) {
+        if let Some(remote) = self.remote(&vote.leader) {
+            remote.tell(News::Said {
+                message: cut::FromHost {
+                    take: vote.take,
+                    session: Some(vote.session),
+                    reply,
+                },
+                attached: Attached::Nothing,
+            });
+        }
+    }
+
+    // Snapshots.
+
+    /// Deletes this host's part of a snapshot. Whether there was one.
+    pub(super) fn remove_here(&self, snapshot: &SnapshotRef) -> Result<bool, Error> {
+        let store = Store::open(&self.store(&snapshot.vne)?)?;
+        match store.catalogue().remove(&snapshot.vne, &snapshot.id) {
+            Ok(()) => Ok(true),
+            Err(image::Error::NoSnapshot { .. }) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+fn number() -> Result<u64, Error> {
+    crate::random::number().map_err(Error::start("get a random number"))
+}
+
+/// What a peer plans for this host is what this host's own description of the
+/// VNE allows.
+fn check(
+    peer: &Name,
+    here: &Name,
+    plan: &Plan,
+    described: &super::VneDescription,
+) -> Result<(), String> {
+    if plan.leader != *peer {
+        return Err(format!("'{peer}' leads no takes for '{}'", plan.leader));
+    }
+    if plan.members.len() > MEMBERS_MAX {
+        return Err(format!("more than {MEMBERS_MAX} members on one host"));
+    }
+    let known = |name: &Name| {
+        let members = described.members.iter();
+        let mut ours = members.filter(|member| member.host == *here);
+        ours.any(|member| member.name == *name)
+    };
+    if let Some(name) = plan.members.iter().find(|name| !known(name)) {
+        return Err(format!(
+            "'{name}' is no member of VNE '{}' on host '{here}' by the description there",
+            plan.vne
+        ));
+    }
+    let limits = &plan.limits;
+    let sane = limits.hold_ns <= LIMITS_MAX.hold_ns
+        && limits.lease_ns <= LIMITS_MAX.lease_ns
+        && (1_000_000..=LIMITS_MAX.ask_ns).contains(&limits.ask_ns)
+        && plan.hold_bytes <= HOLD_BYTES_MAX
+        && plan.policy.is_sane();
+    if sane {
+        Ok(())
+    } else {
+        Err(String::from("it asks for limits that make no sense"))
+    }
+}
