@@ -19,11 +19,13 @@ const PREPARE_S: u64 = 30;
 /// Shorter than libxl's own 60 s, and than what peers of the guests put up
 /// with.
 const CUT_S: u64 = 10;
-/// Both sides are in one process here, so only a host that stands still for so
-/// long doesn't hear of itself.
+/// With both sides in one process, only a host that stands still for so long
+/// doesn't hear of itself.
 const LEASE_S: u64 = 60;
+/// How long another host may not be heard of.
+const REMOTE_LEASE_S: u64 = 10;
 /// Undoing includes waiting for guests and workers.
-const ABORT_S: u64 = 30;
+const ABORT_S: u64 = 15;
 /// What passed the holds just before they closed is on its way through one
 /// bridge: that takes microseconds, and a busy host some milliseconds.
 const DRAIN_MS: u64 = 5;
@@ -237,6 +239,8 @@ fn request(
         Diverging::Go => OnDivergence::Go,
         Diverging::Abort => OnDivergence::Abort,
     });
+    let alone = members.iter().all(|member| member.host == *here);
+    let lease_s = if alone { LEASE_S } else { REMOTE_LEASE_S };
     let hold_kib = arguments.hold.or(config.hold_kib).unwrap_or(HOLD_KIB);
     Ok(TakeRequest {
         vne: arguments.vne.clone(),
@@ -247,13 +251,13 @@ fn request(
             precopy_ns: seconds(precopy_max.unwrap_or(PRECOPY_MAX_S).into()),
             drain_ns: DRAIN_MS * 1_000_000,
             hold_ns: seconds(CUT_S),
-            lease_ns: seconds(LEASE_S),
+            lease_ns: seconds(lease_s),
             repeat_ns: seconds(1),
             abort_ns: seconds(ABORT_S),
         },
         host_limits: HostLimits {
             hold_ns: seconds(CUT_S),
-            lease_ns: seconds(LEASE_S),
+            lease_ns: seconds(lease_s),
             ask_ns: seconds(1),
         },
         on_divergence: diverging

@@ -205,8 +205,14 @@ impl Acting<'_> {
     }
 
     fn tell(&mut self, input: HostInput) {
+        let before = self.host.phase();
         let actions = self.host.handle(now_ns(), input);
         self.todo.extend(actions);
+        let after = self.host.phase();
+        if after != before {
+            let plan = self.part.plan();
+            log::info!("{}@{}: {after}", plan.vne, plan.id);
+        }
     }
 
     fn hear(&mut self, heard: Heard) {

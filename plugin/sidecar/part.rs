@@ -531,7 +531,9 @@ pub fn start_guard(program: &Program, journal: &Journal) -> Result<(), Error> {
     if let Some(mut pipe) = child.stdout.take() {
         pipe.read_exact(&mut ready).map_err(start)?;
     }
-    // It outlives this process or ends right after it: nobody waits for it.
+    // It may outlive this process. A daemon lives on, and must not leave it
+    // unburied.
+    std::thread::spawn(move || child.wait());
     Ok(())
 }
 
