@@ -22,8 +22,9 @@ const CUT_S: u64 = 10;
 /// With both sides in one process, only a host that stands still for so long
 /// doesn't hear of itself.
 const LEASE_S: u64 = 60;
-/// How long another host may not be heard of.
-const REMOTE_LEASE_S: u64 = 10;
+/// How long another host may not be heard of. What is held or suspended doesn't
+/// wait for that.
+const REMOTE_LEASE_S: u64 = 20;
 /// Undoing includes waiting for guests and workers.
 const ABORT_S: u64 = 15;
 /// What passed the holds just before they closed is on its way through one
@@ -80,6 +81,8 @@ pub struct Arguments {
 enum Diverging {
     /// Cut all the same: those members are down for longer
     Go,
+    /// Slow them down until they have, for as long again; then give up
+    Throttle,
     /// Give up; no guest is harmed
     Abort,
 }
@@ -237,6 +240,7 @@ fn request(
         .unwrap_or(LAST_COPY_MS);
     let diverging = arguments.diverging.map(|choice| match choice {
         Diverging::Go => OnDivergence::Go,
+        Diverging::Throttle => OnDivergence::Throttle,
         Diverging::Abort => OnDivergence::Abort,
     });
     let alone = members.iter().all(|member| member.host == *here);

@@ -13,6 +13,7 @@
 //!            ◄─ prepared (session)
 //!  PRECOPY   ─ precopy ─► start ──────────────────────────► pre-copy, then hover
 //!            ◄─ converged, each time that it changes
+//!            ─ throttle ► (if some don't, and that was asked for) ► slow down
 //!  HOLD      ─ hold ────► block all holds; the deadline runs
 //!            ◄─ held
 //!  DRAIN     (a pause: what was on its way arrives)

@@ -312,6 +312,18 @@ impl Acting<'_> {
             });
             return;
         }
+        if *action == HostAction::Throttle {
+            match self.part.throttle() {
+                Ok(slowed) => {
+                    let take = self.host.take();
+                    for (member, cap) in slowed {
+                        (self.say)(News::Throttled { take, member, cap });
+                    }
+                }
+                Err(error) => self.tell(HostInput::Failed(sentence(&error))),
+            }
+            return;
+        }
         match self.part.act(action) {
             Ok(Some(input)) => self.tell(input),
             Ok(None) => {}

@@ -122,35 +122,44 @@ struct Gate {
 /// Listens for peers where the configuration says so, and follows it.
 pub(super) async fn peers(daemon: Arc<Daemon>) {
     let gate = Arc::new(Gate::default());
+    let mut open: Option<(String, TcpListener)> = None;
     loop {
         let reloaded = daemon.reloaded.notified();
-        let address = daemon.setup(|setup| {
+        let wanted = daemon.setup(|setup| {
             let known = setup.identity.is_some();
             setup.conf.listen.clone().filter(|_| known)
         });
-        let Some(address) = address else {
+        let Some(wanted) = wanted else {
             log::info!("no peers: there is no 'listen' in vne.conf, or no identity");
+            open = None;
             reloaded.await;
             continue;
         };
-        match TcpListener::bind(&address).await {
-            Ok(listener) => {
-                log::info!("listening for peers at {address}");
-                let accepting = accept(&daemon, &gate, &listener, &address);
-                tokio::select! {
-                    () = accepting => {}
-                    () = reloaded => {}
+        if open.as_ref().is_none_or(|(address, _)| *address != wanted) {
+            // First, in case that it's another form of the same address.
+            drop(open.take());
+            match TcpListener::bind(&wanted).await {
+                Ok(listener) => {
+                    log::info!("listening for peers at {wanted}");
+                    open = Some((wanted, listener));
+                }
+                Err(error) => {
+                    log::error!("{wanted}: {error}");
+                    let _ = timeout(RETRY, reloaded).await;
+                    continue;
                 }
             }
-            Err(error) => {
-                log::error!("{address}: {error}");
-                let _ = timeout(RETRY, reloaded).await;
+        }
+        if let Some((address, listener)) = &open {
+            tokio::select! {
+                () = accept(&daemon, &gate, listener, address) => {}
+                () = reloaded => {}
             }
         }
     }
 }
 
-/// Lets peers in for as long as they are to be listened for at this address.
+/// Lets peers in.
 async fn accept(daemon: &Arc<Daemon>, gate: &Arc<Gate>, listener: &TcpListener, address: &str) {
     loop {
         let (stream, from) = match listener.accept().await {
@@ -178,6 +187,7 @@ async fn accept(daemon: &Arc<Daemon>, gate: &Arc<Gate>, listener: &TcpListener, 
     }
 }
 
+/// `Err` says why somebody wasn't let in.
 async fn let_in(
     daemon: &Arc<Daemon>,
     gate: &Arc<Gate>,
@@ -218,7 +228,14 @@ async fn let_in(
     loop {
         tokio::select! {
             ended = &mut serving => {
-                return ended.map_err(|error| format!("peer '{}': {error}", peer.name));
+                match ended {
+                    Ok(()) => log::debug!("peer '{}' has hung up", peer.name),
+                    Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
+                        log::debug!("peer '{}' has gone", peer.name);
+                    }
+                    Err(error) => log::warn!("peer '{}': {error}", peer.name),
+                }
+                return Ok(());
             }
             () = daemon.reloaded.notified() => {
                 let still = daemon.setup(|setup| {
