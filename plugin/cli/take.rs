@@ -19,13 +19,15 @@ const PREPARE_S: u64 = 30;
 /// Shorter than libxl's own 60 s, and than what peers of the guests put up
 /// with.
 const CUT_S: u64 = 10;
-/// Both sides are in one process here, so only a host that stands still for so
-/// long doesn't hear of itself.
+/// In one process only a host that stands still for so long doesn't hear of
+/// itself; between hosts this is how long guests may be copied for a leader that
+/// is gone.
 const LEASE_S: u64 = 60;
 /// Undoing includes waiting for guests and workers.
 const ABORT_S: u64 = 30;
-/// What passed the holds just before they closed is on its way through one
-/// bridge: that takes microseconds, and a busy host some milliseconds.
+/// What passed the holds just before they closed is on its way through a bridge,
+/// or from host to host through a few: that takes microseconds, and a busy host
+/// some milliseconds.
 const DRAIN_MS: u64 = 5;
 const PRECOPY_MAX_S: u32 = 300;
 const LAST_COPY_MS: u32 = 50;
