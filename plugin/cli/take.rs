@@ -27,8 +27,9 @@ const LEASE_S: u64 = 60;
 const REMOTE_LEASE_S: u64 = 20;
 /// Undoing includes waiting for guests and workers.
 const ABORT_S: u64 = 15;
-/// What passed the holds just before they closed is on its way through one
-/// bridge: that takes microseconds, and a busy host some milliseconds.
+/// What passed the holds just before they closed is on its way through a bridge,
+/// or from host to host through a few: that takes microseconds, and a busy host
+/// some milliseconds.
 const DRAIN_MS: u64 = 5;
 const PRECOPY_MAX_S: u32 = 300;
 const LAST_COPY_MS: u32 = 50;
