@@ -78,6 +78,23 @@ fn daemons_that_list_each_other_greet_each_other() -> TestResult {
 }
 
 #[test]
+fn a_new_identity_is_the_one_that_is_shown_after_a_reload() -> TestResult {
+    let (mut alpha, mut beta) = (Host::new("alpha")?, Host::new("beta")?);
+    alpha.trusts(&[beta.listed_for(&["lab"])?])?;
+    beta.trusts(&[alpha.listed_for(&["lab"])?])?;
+    alpha.start()?;
+    beta.start()?;
+    alpha.tries(&beta)??;
+    alpha.renew_identity()?;
+    alpha.reload()?;
+    beta.trusts(&[alpha.listed_for(&["lab"])?])?;
+    beta.reload()?;
+    alpha.tries(&beta)??;
+    beta.tries(&alpha)??;
+    Ok(())
+}
+
+#[test]
 fn somebody_without_a_certificate_is_refused_and_logged() -> TestResult {
     let (alpha, beta) = alpha_and_beta(&["lab"])?;
     assert_eq!(knock(&alpha, nameless(&alpha)?)?, b"");

@@ -61,6 +61,12 @@ impl Remote {
         })
     }
 
+    /// Whether it's still this that was asked for: whom, by whom, and as whom.
+    pub fn is(&self, peer: &Peer, here: &Name, identity: &Identity) -> bool {
+        let same = self.identity.fingerprint() == identity.fingerprint();
+        self.peer == *peer && self.here == *here && same
+    }
+
     /// The connection, made if there is none.
     pub async fn client(&self) -> Result<Arc<Client>, String> {
         let mut client = self.client.lock().await;

@@ -215,7 +215,7 @@ impl Daemon {
             for peer in &conf.peers {
                 let known = self
                     .remote(&peer.name)
-                    .filter(|remote| remote.peer == *peer);
+                    .filter(|remote| remote.is(peer, &conf.name, identity));
                 let remote = known.unwrap_or_else(|| {
                     let (here, identity) = (conf.name.clone(), identity.clone());
                     Remote::new(peer.clone(), here, identity, self.runtime.clone())
