@@ -311,6 +311,7 @@ fn a_plan_is_held_against_what_is_described_here() -> TestResult {
             "'mail' is no member",
         ),
         (with("members", json!(["web", "../web"]))?, ""),
+        (with("members", json!(["web", "db", "web"]))?, "'web' twice"),
         (with("members", json!(many))?, "more than 4096 members"),
         (
             with("leader", json!("gamma"))?,
@@ -342,8 +343,10 @@ fn a_plan_is_held_against_what_is_described_here() -> TestResult {
         alpha.logged(&["peer 'beta'", expected])?;
     }
     assert!(!alpha.asked_of_xl()?.contains("capture"));
-    let left = fs::read_dir(alpha.path("run/vne"))?.count();
-    assert_eq!(left, 3, "register, lock and socket");
+    // Each take has a folder there.
+    for left in fs::read_dir(alpha.path("run/vne"))? {
+        assert!(!left?.file_type()?.is_dir());
+    }
     Ok(())
 }
 

@@ -1,6 +1,6 @@
 //! Takes: those that this host leads, and its side of all.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Sender};
@@ -553,6 +553,10 @@ fn check(
     }
     if plan.members.len() > MEMBERS_MAX {
         return Err(format!("more than {MEMBERS_MAX} members on one host"));
+    }
+    let mut names = HashSet::new();
+    if let Some(name) = plan.members.iter().find(|name| !names.insert(*name)) {
+        return Err(format!("it names '{name}' twice"));
     }
     let known = |name: &Name| {
         let members = described.members.iter();
