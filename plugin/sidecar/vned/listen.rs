@@ -216,18 +216,20 @@ async fn let_in(
     let serving = rpc::serve(stream, methods);
     tokio::pin!(serving);
     loop {
+        // First, so that a removal between the two isn't missed.
+        let reloaded = daemon.reloaded.notified();
+        let still = daemon.setup(|setup| {
+            let now = setup.conf.peer_by(&fingerprint);
+            now.is_some_and(|now| now.name == peer.name)
+        });
+        if !still {
+            return Err(format!("'{}' is no peer any more", peer.name));
+        }
         tokio::select! {
             ended = &mut serving => {
                 return ended.map_err(|error| format!("peer '{}': {error}", peer.name));
             }
-            () = daemon.reloaded.notified() => {
-                let still = daemon.setup(|setup| {
-                    setup.conf.peer_by(&fingerprint).is_some_and(|now| now.name == peer.name)
-                });
-                if !still {
-                    return Err(format!("'{}' is no peer any more", peer.name));
-                }
-            }
+            () = reloaded => {}
         }
     }
 }

@@ -99,6 +99,7 @@ impl PeerServer for Service {
     }
 
     async fn clock(&self) -> RpcResult<u64> {
+        self.still_a_peer()?;
         Ok(now_ns())
     }
 
