@@ -443,7 +443,7 @@ fn a_line_without_end_ends_that_connection_only() -> TestResult {
     // It's refused at some point; nothing tells exactly when.
     let said = (0..24).try_for_each(|_| client.say(&much));
     assert!(said.is_err() || client.rest()?.is_empty());
-    alpha.logged(&["peer 'beta'", "max line length"])?;
+    alpha.logged(&["peer 'beta'", "more than belongs into one line"])?;
     assert!(other.call("peer_clock", json!([]))??.is_u64());
     serves(&alpha, &beta)
 }

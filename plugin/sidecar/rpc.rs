@@ -335,7 +335,12 @@ where
     let answers = Arc::new(Mutex::new(FramedWrite::new(to, codec())));
     let calls = Arc::new(Semaphore::new(CALLS_MAX));
     while let Some(line) = lines.next().await {
-        let line = line.map_err(io::Error::other)?;
+        let line = line.map_err(|error| match error {
+            LinesCodecError::Io(error) => error,
+            LinesCodecError::MaxLineLengthExceeded => {
+                io::Error::other("it says more than belongs into one line")
+            }
+        })?;
         let Ok(permit) = Arc::clone(&calls).acquire_owned().await else {
             return Ok(());
         };

@@ -223,13 +223,29 @@ async fn let_in(
             now.is_some_and(|now| now.name == peer.name)
         });
         if !still {
-            return Err(format!("'{}' is no peer any more", peer.name));
+            log::warn!("'{}' is no peer any more: cut off", peer.name);
+            return Ok(());
         }
         tokio::select! {
             ended = &mut serving => {
-                return ended.map_err(|error| format!("peer '{}': {error}", peer.name));
+                tell_end(&peer.name, ended);
+                return Ok(());
             }
             () = reloaded => {}
         }
+    }
+}
+
+/// A peer isn't a stranger: what is said of it isn't counted among refusals,
+/// where it could keep one from being told.
+fn tell_end(peer: &Name, ended: std::io::Result<()>) {
+    use std::io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+    match ended {
+        Ok(()) => {}
+        // As when it was killed: it comes again.
+        Err(error) if matches!(error.kind(), UnexpectedEof | ConnectionReset | BrokenPipe) => {
+            log::debug!("peer '{peer}' has gone: {error}");
+        }
+        Err(error) => log::warn!("peer '{peer}': {error}"),
     }
 }
