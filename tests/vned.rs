@@ -17,6 +17,7 @@ use rustix::process::Signal;
 use serde_json::{json, Value};
 use xl_vne::image::{DomainType, Downtime, Member, MemberImage, MemberStats};
 use xl_vne::sidecar::admin::Daemon;
+use xl_vne::sidecar::lead::{Progress, Told};
 
 use client::{config, connect_from, forged, knock, nameless, prepare, rest, Client, Ear, HERE};
 use host::{name, wait_for, Fallible, Host};
@@ -169,6 +170,61 @@ fn a_peer_that_is_removed_is_cut_off_and_does_not_come_in_again() -> TestResult 
     alpha.trusts(&[beta.listed_for(&["lab"])?])?;
     alpha.reload()?;
     beta.tries(&alpha)??;
+    Ok(())
+}
+
+/// What becomes of a take whose members are all on another host.
+fn take_of(vne: &str, from: &Host, on: &Host) -> Fallible<String> {
+    struct Nobody;
+    impl Progress for Nobody {
+        fn tell(&mut self, _: Told) {}
+    }
+    let s = 1_000_000_000_u64;
+    let request = serde_json::from_value(json!({
+        "vne": vne,
+        "members": [{"host": on.name, "name": "web"}],
+        "label": null,
+        "limits": {
+            "prepare_ns": 5 * s, "precopy_ns": s, "drain_ns": 0, "hold_ns": s,
+            "lease_ns": 20 * s, "repeat_ns": s / 5, "abort_ns": s,
+        },
+        "host_limits": {"hold_ns": s, "lease_ns": 20 * s, "ask_ns": s},
+        "on_divergence": "abort",
+        "policy": {
+            "last_copy_ns_max": s / 20, "hover_ns_min": s / 100, "hover_ns_max": s / 10,
+        },
+        "hold_bytes": 1 << 20,
+        "memory_only": false,
+        "dry_run": true,
+    }))?;
+    let taken = from.admin()?.take(&request, &mut Nobody);
+    let error = taken.err().ok_or("there is no member, and it was taken")?;
+    Ok(xl_vne::sentence(&error))
+}
+
+#[test]
+fn who_leads_a_take_is_told_that_and_why_another_host_refuses() -> TestResult {
+    let (mut alpha, mut beta) = (Host::new("alpha")?, Host::new("beta")?);
+    alpha.trusts(&[beta.listed_for(&["lab"])?])?;
+    beta.trusts(&[alpha.listed_for(&["other"])?])?;
+    beta.knows("lab", &["web"])?;
+    alpha.start()?;
+    beta.start()?;
+    let told = take_of("lab", &alpha, &beta)?;
+    let expected = "host 'beta' doesn't act for 'alpha' in a VNE 'lab'";
+    assert!(told.contains(expected), "{told}");
+    beta.logged(&["peer 'alpha'", "VNE 'lab'", "isn't listed"])?;
+
+    beta.trusts(&[])?;
+    beta.reload()?;
+    let told = take_of("lab", &alpha, &beta)?;
+    let expected = "beta: it refuses this host (is it a peer there";
+    assert!(told.contains(expected), "{told}");
+
+    alpha.trusts(&[])?;
+    alpha.reload()?;
+    let told = take_of("lab", &alpha, &beta)?;
+    assert!(told.contains("'beta' is no peer of this one"), "{told}");
     Ok(())
 }
 
