@@ -50,19 +50,20 @@ pub fn stage() -> Result<PathBuf> {
     Ok(stage)
 }
 
-/// Builds the program that measures what libxl alone does.
-pub fn measure() -> Result<PathBuf> {
+/// Builds one of the programs that only checks use, an example of the product's
+/// package.
+pub fn example(name: &str) -> Result<PathBuf> {
     let root = lab::workspace();
     let status = Command::new(env!("CARGO"))
         .args(["build", "--release", "--quiet", "--package", "xl-vne"])
-        .args(["--example", "measure"])
+        .args(["--example", name])
         .current_dir(&root)
         .status()
         .context("cannot run cargo")?;
     if !status.success() {
-        bail!("the measuring program doesn't build ({status})");
+        bail!("the program {name} doesn't build ({status})");
     }
-    Ok(target(&root).join("release/examples/measure"))
+    Ok(target(&root).join("release/examples").join(name))
 }
 
 /// Where cargo builds.
@@ -71,7 +72,8 @@ fn target(root: &Path) -> PathBuf {
 }
 
 /// Installs the stage on a host of the lab; the distribution's xl is kept
-/// beside ours as `xl.stock`.
+/// beside ours as `xl.stock`. The lab's dom0 has no journal: the daemon's log is
+/// a file.
 pub fn install(lab: &Lab, host: usize, stage: &Path) -> Result<()> {
     lab.put(host, &stage.join(XEN_FOLDER), "/root/stage")?;
     let script = format!(
@@ -80,7 +82,10 @@ pub fn install(lab: &Lab, host: usize, stage: &Path) -> Result<()> {
          for f in bin/xl bin/vne-save-helper bin/vne-save-policy.so lib/xl-plugins/vne.so; do \
          mkdir -p ${{f%/*}}; cp /root/stage/$f $f.new; chmod 755 $f.new; mv $f.new $f; done; \
          install -m 755 /root/stage/bin/vned /usr/sbin/vned.new; mv /usr/sbin/vned.new /usr/sbin/vned; \
-         install -m 644 /root/stage/bin/vned.service /etc/systemd/system; systemctl daemon-reload; \
+         install -m 644 /root/stage/bin/vned.service /etc/systemd/system; \
+         mkdir -p /etc/systemd/system/vned.service.d; \
+         printf '[Service]\\nStandardError=append:/var/log/vned.log\\n' \
+         > /etc/systemd/system/vned.service.d/lab.conf; systemctl daemon-reload; \
          rm -rf /root/stage"
     );
     lab.run(host, &script).map(drop)
