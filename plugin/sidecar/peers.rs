@@ -17,7 +17,7 @@ use tokio_rustls::TlsConnector;
 use super::conf::Peer;
 use super::lead::{Link, Offset};
 use super::rpc::{self, explain, Hello, PeerClient, CALL_MAX};
-use super::tls::{client_config, Identity};
+use super::tls::{self, client_config, Identity};
 use super::wire::{Attached, News, Order};
 use crate::clock::now_ns;
 use crate::cut::{self, FromHost, Reply};
@@ -118,7 +118,7 @@ impl Remote {
         let stream = greeting
             .await
             .map_err(|_| late())?
-            .map_err(|error| format!("{}: {error}", self.peer.address))?;
+            .map_err(|error| format!("{}: {}", self.peer.address, tls::explain(&error)))?;
         let client = rpc::client(stream, CALL_MAX);
         // What it says first also shows that it has accepted us.
         let hello = client.hello(Hello::of(self.here.clone())).await;

@@ -15,7 +15,7 @@ use tokio_rustls::TlsAcceptor;
 use super::super::error::Error;
 use super::super::peers::tune;
 use super::super::rpc;
-use super::super::tls::{peer_fingerprint, server_config, PROTOCOL};
+use super::super::tls::{explain, peer_fingerprint, server_config, PROTOCOL};
 use super::service::Service;
 use super::{lock, Daemon};
 use crate::image::Name;
@@ -197,7 +197,7 @@ async fn let_in(
     .map_err(|error| sentence(&error))?;
     let handshake = timeout(HANDSHAKE_MAX, TlsAcceptor::from(config).accept(stream));
     let stream = match handshake.await {
-        Ok(done) => done.map_err(|error| error.to_string())?,
+        Ok(done) => done.map_err(|error| explain(&error))?,
         Err(_) => return Err(String::from("no certificate within 5 s")),
     };
     let connection = stream.get_ref().1;

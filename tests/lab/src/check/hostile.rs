@@ -131,7 +131,7 @@ fn refused(vne: &Vne, peer: &Known) -> Result<String> {
     let take = format!("xl vne-snapshot take -q {NAME}");
     let mut told = Vec::new();
     for (kind, why) in [
-        ("no-certificate", "peer sent no certificates"),
+        ("no-certificate", "it has no certificate"),
         ("strange", NOT_TRUSTED),
     ] {
         let log = Log::from_now(vne)?;
