@@ -174,6 +174,36 @@ fn a_peer_that_is_removed_is_cut_off_and_does_not_come_in_again() -> TestResult 
     Ok(())
 }
 
+#[test]
+fn a_reload_turns_nobody_away() -> TestResult {
+    let (alpha, beta) = alpha_and_beta(&["lab"])?;
+    std::thread::scope(|scope| {
+        let reloading = scope.spawn(|| {
+            let reload = || alpha.reload().map_err(|error| error.to_string());
+            (0..50).try_for_each(|_| reload())
+        });
+        while !reloading.is_finished() {
+            serves(&alpha, &beta)?;
+        }
+        let reloaded = reloading.join();
+        Ok(reloaded.unwrap_or_else(|_| Err(String::from("it panicked")))?)
+    })
+}
+
+#[test]
+fn it_listens_where_it_is_told_to_by_a_reload() -> TestResult {
+    let (mut alpha, beta) = alpha_and_beta(&["lab"])?;
+    let before = alpha.address.clone();
+    alpha.address = host::free_address()?;
+    alpha.trusts(&[beta.listed_for(&["lab"])?])?;
+    alpha.reload()?;
+    alpha.logged(&["listening", &alpha.address])?;
+    serves(&alpha, &beta)?;
+    wait_for("the old port to be closed", || {
+        TcpStream::connect(&before).is_err().then_some(())
+    })
+}
+
 /// What becomes of a take whose members are all on another host.
 fn take_of(vne: &str, from: &Host, on: &Host) -> Fallible<String> {
     struct Nobody;

@@ -122,31 +122,39 @@ struct Gate {
 /// Listens for peers where the configuration says so, and follows it.
 pub(super) async fn peers(daemon: Arc<Daemon>) {
     let gate = Arc::new(Gate::default());
+    let mut bound: Option<(String, TcpListener)> = None;
     loop {
         let reloaded = daemon.reloaded.notified();
         let address = daemon.setup(|setup| {
             let known = setup.identity.is_some();
             setup.conf.listen.clone().filter(|_| known)
         });
+        // Through a reload it's kept, so that nobody is turned away by one.
+        bound = bound.filter(|(at, _)| Some(at) == address.as_ref());
         let Some(address) = address else {
             log::info!("no peers: there is no 'listen' in vne.conf, or no identity");
             reloaded.await;
             continue;
         };
-        match TcpListener::bind(&address).await {
-            Ok(listener) => {
-                log::info!("listening for peers at {address}");
-                let accepting = accept(&daemon, &gate, &listener, &address);
-                tokio::select! {
-                    () = accepting => {}
-                    () = reloaded => {}
+        let listener = match bound.take() {
+            Some((_, listener)) => listener,
+            None => match TcpListener::bind(&address).await {
+                Ok(listener) => {
+                    log::info!("listening for peers at {address}");
+                    listener
                 }
-            }
-            Err(error) => {
-                log::error!("{address}: {error}");
-                let _ = timeout(RETRY, reloaded).await;
-            }
+                Err(error) => {
+                    log::error!("{address}: {error}");
+                    let _ = timeout(RETRY, reloaded).await;
+                    continue;
+                }
+            },
+        };
+        tokio::select! {
+            () = accept(&daemon, &gate, &listener, &address) => {}
+            () = reloaded => {}
         }
+        bound = Some((address, listener));
     }
 }
 
