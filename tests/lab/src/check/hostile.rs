@@ -106,14 +106,21 @@ impl<'a> Log<'a> {
     }
 }
 
-/// Runs a line on the second host that must fail and say this.
+/// Runs a line on the second host that must fail and say this, if not the first
+/// time: its daemon may have to find out that a connection is gone.
 fn fails(vne: &Vne, line: &str, saying: &str) -> Result<String> {
-    let output = vne.lab.sh(1, &format!("{{ {line}; }} 2>&1"))?;
-    let printed = String::from_utf8_lossy(&output.stdout).into_owned();
-    ensure!(!output.status.success(), "`{line}` should fail: {printed}");
-    let found = printed.lines().find(|line| line.contains(saying));
-    let found = found.with_context(|| format!("`{line}` doesn't say {saying:?}: {printed}"))?;
-    Ok(found.trim().to_owned())
+    let start = Instant::now();
+    loop {
+        let output = vne.lab.sh(1, &format!("{{ {line}; }} 2>&1"))?;
+        let printed = String::from_utf8_lossy(&output.stdout).into_owned();
+        ensure!(!output.status.success(), "`{line}` should fail: {printed}");
+        if let Some(found) = printed.lines().find(|line| line.contains(saying)) {
+            return Ok(found.trim().to_owned());
+        }
+        if start.elapsed() > LOG_LIMIT {
+            bail!("`{line}` doesn't say {saying:?}: {printed}");
+        }
+    }
 }
 
 /// Nobody was touched by what was refused.
