@@ -17,9 +17,10 @@ use tokio_rustls::TlsConnector;
 use super::conf::Peer;
 use super::lead::{Link, Offset};
 use super::rpc::{self, explain, Hello, PeerClient, CALL_MAX};
-use super::tls::{client_config, Identity};
-use super::wire::{News, Order};
+use super::tls::{self, client_config, Identity};
+use super::wire::{Attached, News, Order};
 use crate::clock::now_ns;
+use crate::cut::{self, FromHost, Reply};
 use crate::image::Name;
 use crate::sentence::sentence;
 
@@ -49,6 +50,8 @@ pub(super) struct Remote {
     waiting: Semaphore,
     /// The best comparison of clocks on this connection, and when it was made.
     clock: Mutex<Option<(Instant, Offset)>>,
+    /// Why there is no connection.
+    trouble: Mutex<Option<String>>,
 }
 
 impl Remote {
@@ -62,6 +65,7 @@ impl Remote {
             client: AsyncMutex::new(None),
             waiting: Semaphore::new(WAITING_MAX),
             clock: Mutex::new(None),
+            trouble: Mutex::new(None),
         })
     }
 
@@ -78,11 +82,20 @@ impl Remote {
         if let Some(client) = client.as_ref().filter(|client| client.is_connected()) {
             return Ok(Arc::clone(client));
         }
-        let made = Arc::new(self.connect().await?);
+        let made = self.connect().await;
+        let trouble = made.as_ref().err().cloned();
+        *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = trouble;
+        let made = Arc::new(made?);
         // The host may have been started anew, and its clock with it.
         *self.clock.lock().unwrap_or_else(PoisonError::into_inner) = None;
         *client = Some(Arc::clone(&made));
         Ok(made)
+    }
+
+    /// Why it couldn't be reached the last time.
+    pub fn trouble(&self) -> Option<String> {
+        let trouble = self.trouble.lock();
+        trouble.unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     async fn connect(&self) -> Result<Client, String> {
@@ -112,7 +125,7 @@ impl Remote {
         let stream = greeting
             .await
             .map_err(|_| late())?
-            .map_err(|error| format!("{}: {error}", self.peer.address))?;
+            .map_err(|error| format!("{}: {}", self.peer.address, tls::explain(&error)))?;
         let client = rpc::client(stream, CALL_MAX);
         // What it says first also shows that it has accepted us.
         let hello = timeout(CONNECT_MAX, client.hello(Hello::of(self.here.clone())));
@@ -145,6 +158,17 @@ impl Remote {
     /// Sends an order, without waiting for anything.
     pub fn order(self: &Arc<Self>, order: Order) {
         self.send(|client| async move { client.order(order).await });
+    }
+
+    /// The same, and tells if it isn't even taken in.
+    fn order_or(self: &Arc<Self>, order: Order, refused: impl FnOnce(String) + Send + 'static) {
+        self.send(|client| async move {
+            let answer = client.order(order).await;
+            if let Err(RpcError::Call(why)) = &answer {
+                refused(why.message().to_owned());
+            }
+            answer
+        });
     }
 
     /// Sends news, without waiting for anything.
@@ -237,12 +261,14 @@ pub(super) fn tune(stream: &TcpStream) -> std::io::Result<()> {
 /// A take's way to another host. While it lives, the clocks are compared.
 pub(super) struct RemoteLink {
     remote: Arc<Remote>,
+    refused: Arc<dyn Fn(News) + Send + Sync>,
     watch: tokio::task::JoinHandle<()>,
 }
 
 impl RemoteLink {
-    /// For one take.
-    pub fn new(remote: Arc<Remote>) -> Self {
+    /// For one take, whose leader hears by `refused` when the host has no part
+    /// in it: that host then has no side of the take that could say so.
+    pub fn new(remote: Arc<Remote>, refused: impl Fn(News) + Send + Sync + 'static) -> Self {
         let watched = Arc::clone(&remote);
         let watch = remote.runtime.spawn(async move {
             for look in 0_u32.. {
@@ -258,13 +284,32 @@ impl RemoteLink {
                 tokio::time::sleep(interval).await;
             }
         });
-        Self { remote, watch }
+        Self {
+            remote,
+            refused: Arc::new(refused),
+            watch,
+        }
     }
 }
 
 impl Link for RemoteLink {
     fn order(&self, order: Order) {
-        self.remote.order(order);
+        let message = order.message;
+        if message.order != cut::Order::Prepare {
+            self.remote.order(order);
+            return;
+        }
+        let refused = Arc::clone(&self.refused);
+        self.remote.order_or(order, move |why| {
+            refused(News::Said {
+                message: FromHost {
+                    take: message.take,
+                    session: None,
+                    reply: Reply::Failed(why),
+                },
+                attached: Attached::Nothing,
+            });
+        });
     }
 
     fn offset(&self) -> Offset {

@@ -329,7 +329,9 @@ where
     while let Some(line) = lines.next().await {
         let line = line.map_err(|error| match error {
             LinesCodecError::Io(error) => error,
-            LinesCodecError::MaxLineLengthExceeded => io::Error::other("a line that is too long"),
+            LinesCodecError::MaxLineLengthExceeded => {
+                io::Error::other("it says more than belongs into one line")
+            }
         })?;
         let Ok(permit) = Arc::clone(&calls).acquire_owned().await else {
             return Ok(());
@@ -382,9 +384,15 @@ impl<S: AsyncRead + Send + 'static> TransportReceiverT for Receiver<S> {
     type Error = LinesCodecError;
 
     async fn receive(&mut self) -> Result<ReceivedMessage, Self::Error> {
+        use io::ErrorKind::UnexpectedEof;
         match self.0.next().await {
-            Some(line) => Ok(ReceivedMessage::Text(line?)),
-            None => Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
+            Some(Ok(line)) => Ok(ReceivedMessage::Text(line)),
+            // The TLS library has more words for it, and a link.
+            Some(Err(LinesCodecError::Io(error))) if error.kind() == UnexpectedEof => {
+                Err(io::Error::from(UnexpectedEof).into())
+            }
+            Some(Err(error)) => Err(error),
+            None => Err(io::Error::from(UnexpectedEof).into()),
         }
     }
 }

@@ -346,6 +346,20 @@ pub fn peer_fingerprint(certificates: Option<&[CertificateDer<'_>]>) -> Option<F
     certificates?.first().map(Fingerprint::of)
 }
 
+/// Why a handshake failed, as an admin can use it.
+pub fn explain(error: &io::Error) -> String {
+    use rustls::Error::{InvalidCertificate, NoCertificatesPresented};
+    let inner = error.get_ref().and_then(|inner| inner.downcast_ref());
+    match inner {
+        Some(NoCertificatesPresented) => String::from("it has no certificate"),
+        Some(InvalidCertificate(CertificateError::Other(OtherError(why)))) => why.to_string(),
+        Some(InvalidCertificate(CertificateError::BadSignature)) => {
+            String::from("it doesn't have the key of the certificate that it shows")
+        }
+        _ => error.to_string(),
+    }
+}
+
 fn provider() -> CryptoProvider {
     rustls::crypto::ring::default_provider()
 }

@@ -15,7 +15,7 @@ use tokio_rustls::TlsAcceptor;
 use super::super::error::Error;
 use super::super::peers::tune;
 use super::super::rpc;
-use super::super::tls::{peer_fingerprint, server_config, PROTOCOL};
+use super::super::tls::{explain, peer_fingerprint, server_config, PROTOCOL};
 use super::service::Service;
 use super::{lock, Daemon};
 use crate::image::Name;
@@ -122,44 +122,43 @@ struct Gate {
 /// Listens for peers where the configuration says so, and follows it.
 pub(super) async fn peers(daemon: Arc<Daemon>) {
     let gate = Arc::new(Gate::default());
-    let mut open: Option<(String, TcpListener)> = None;
+    let mut bound: Option<(String, TcpListener)> = None;
     loop {
         let reloaded = daemon.reloaded.notified();
-        let wanted = daemon.setup(|setup| {
+        let address = daemon.setup(|setup| {
             let known = setup.identity.is_some();
             setup.conf.listen.clone().filter(|_| known)
         });
-        let Some(wanted) = wanted else {
+        // Through a reload it's kept, so that nobody is turned away by one.
+        bound = bound.filter(|(at, _)| Some(at) == address.as_ref());
+        let Some(address) = address else {
             log::info!("no peers: there is no 'listen' in vne.conf, or no identity");
-            open = None;
             reloaded.await;
             continue;
         };
-        if open.as_ref().is_none_or(|(address, _)| *address != wanted) {
-            // First, in case that it's another form of the same address.
-            drop(open.take());
-            match TcpListener::bind(&wanted).await {
+        let listener = match bound.take() {
+            Some((_, listener)) => listener,
+            None => match TcpListener::bind(&address).await {
                 Ok(listener) => {
-                    log::info!("listening for peers at {wanted}");
-                    open = Some((wanted, listener));
+                    log::info!("listening for peers at {address}");
+                    listener
                 }
                 Err(error) => {
-                    log::error!("{wanted}: {error}");
+                    log::error!("{address}: {error}");
                     let _ = timeout(RETRY, reloaded).await;
                     continue;
                 }
-            }
+            },
+        };
+        tokio::select! {
+            () = accept(&daemon, &gate, &listener, &address) => {}
+            () = reloaded => {}
         }
-        if let Some((address, listener)) = &open {
-            tokio::select! {
-                () = accept(&daemon, &gate, listener, address) => {}
-                () = reloaded => {}
-            }
-        }
+        bound = Some((address, listener));
     }
 }
 
-/// Lets peers in.
+/// Lets peers in for as long as they are to be listened for at this address.
 async fn accept(daemon: &Arc<Daemon>, gate: &Arc<Gate>, listener: &TcpListener, address: &str) {
     loop {
         let (stream, from) = match listener.accept().await {
@@ -187,7 +186,6 @@ async fn accept(daemon: &Arc<Daemon>, gate: &Arc<Gate>, listener: &TcpListener, 
     }
 }
 
-/// `Err` says why somebody wasn't let in.
 async fn let_in(
     daemon: &Arc<Daemon>,
     gate: &Arc<Gate>,
@@ -207,7 +205,7 @@ async fn let_in(
     .map_err(|error| sentence(&error))?;
     let handshake = timeout(HANDSHAKE_MAX, TlsAcceptor::from(config).accept(stream));
     let stream = match handshake.await {
-        Ok(done) => done.map_err(|error| error.to_string())?,
+        Ok(done) => done.map_err(|error| explain(&error))?,
         Err(_) => return Err(String::from("no certificate within 5 s")),
     };
     let connection = stream.get_ref().1;
@@ -226,25 +224,36 @@ async fn let_in(
     let serving = rpc::serve(stream, methods);
     tokio::pin!(serving);
     loop {
+        // First, so that a removal between the two isn't missed.
+        let reloaded = daemon.reloaded.notified();
+        let still = daemon.setup(|setup| {
+            let now = setup.conf.peer_by(&fingerprint);
+            now.is_some_and(|now| now.name == peer.name)
+        });
+        if !still {
+            log::warn!("'{}' is no peer any more: cut off", peer.name);
+            return Ok(());
+        }
         tokio::select! {
             ended = &mut serving => {
-                match ended {
-                    Ok(()) => log::debug!("peer '{}' has hung up", peer.name),
-                    Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
-                        log::debug!("peer '{}' has gone", peer.name);
-                    }
-                    Err(error) => log::warn!("peer '{}': {error}", peer.name),
-                }
+                tell_end(&peer.name, ended);
                 return Ok(());
             }
-            () = daemon.reloaded.notified() => {
-                let still = daemon.setup(|setup| {
-                    setup.conf.peer_by(&fingerprint).is_some_and(|now| now.name == peer.name)
-                });
-                if !still {
-                    return Err(format!("'{}' is no peer any more", peer.name));
-                }
-            }
+            () = reloaded => {}
         }
+    }
+}
+
+/// A peer isn't a stranger: what is said of it isn't counted among refusals,
+/// where it could keep one from being told.
+fn tell_end(peer: &Name, ended: std::io::Result<()>) {
+    use std::io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+    match ended {
+        Ok(()) => {}
+        // As when it was killed: it comes again.
+        Err(error) if matches!(error.kind(), UnexpectedEof | ConnectionReset | BrokenPipe) => {
+            log::debug!("peer '{peer}' has gone: {error}");
+        }
+        Err(error) => log::warn!("peer '{peer}': {error}"),
     }
 }

@@ -11,7 +11,7 @@ use super::super::acting::{self, HereLink, Which};
 use super::super::error::Error;
 use super::super::journal::Register;
 use super::super::lead::{self, hosts, lead, plan, Lead, Link, TakeRequest, Taken};
-use super::super::peers::RemoteLink;
+use super::super::peers::{Remote, RemoteLink};
 use super::super::rpc::{InDoubt, JobDone, JobId, SnapshotRef};
 use super::super::take::sweep;
 use super::super::vote::{self, Vote};
@@ -154,10 +154,13 @@ impl Daemon {
         let here = self.here();
         let hosts = hosts(&here, request);
         let mut links: Vec<Box<dyn Link>> = Vec::new();
-        for host in hosts.iter().skip(1) {
-            links.push(Box::new(RemoteLink::new(
-                self.peer_for(host, &request.vne)?,
-            )));
+        let mut remotes = Vec::new();
+        for (index, host) in hosts.iter().enumerate().skip(1) {
+            let remote = self.peer_for(host, &request.vne)?;
+            remotes.push(Arc::clone(&remote));
+            let to = said.clone();
+            let refused = move |news| drop(to.send(lead::Heard::News(index, Box::new(news))));
+            links.push(Box::new(RemoteLink::new(remote, refused)));
         }
         let register = Register::open(&self.run_dir)?;
         sweep(&self.program, &register)?;
@@ -185,7 +188,7 @@ impl Daemon {
         drop(lead_it);
         // All is undone here when it has ended.
         let _ = side.thread.join();
-        result
+        result.map_err(|error| with_troubles(error, &remotes))
     }
 
     /// A peer that acts for this host in a VNE.
@@ -606,6 +609,21 @@ fn number() -> Result<u64, Error> {
     crate::random::number().map_err(Error::start("get a random number"))
 }
 
+/// A take that failed, and which of its hosts can't be reached, as that may be
+/// why.
+fn with_troubles(error: Error, remotes: &[Arc<Remote>]) -> Error {
+    let trouble = |remote: &Arc<Remote>| {
+        let why = remote.trouble()?;
+        Some(format!("; {}: {why}", remote.peer.name))
+    };
+    let troubles: String = remotes.iter().filter_map(trouble).collect();
+    if troubles.is_empty() {
+        error
+    } else {
+        Error::Failed(sentence(&error) + &troubles)
+    }
+}
+
 /// What a peer plans for this host is what this host's own description of the
 /// VNE allows.
 fn check(
@@ -619,6 +637,10 @@ fn check(
     }
     if plan.members.len() > MEMBERS_MAX {
         return Err(format!("more than {MEMBERS_MAX} members on one host"));
+    }
+    let mut names = HashSet::new();
+    if let Some(name) = plan.members.iter().find(|name| !names.insert(*name)) {
+        return Err(format!("it names '{name}' twice"));
     }
     let known = |name: &Name| {
         let members = described.members.iter();

@@ -50,19 +50,20 @@ pub fn stage() -> Result<PathBuf> {
     Ok(stage)
 }
 
-/// Builds the program that measures what libxl alone does.
-pub fn measure() -> Result<PathBuf> {
+/// Builds one of the programs that only checks use, an example of the product's
+/// package.
+pub fn example(name: &str) -> Result<PathBuf> {
     let root = lab::workspace();
     let status = Command::new(env!("CARGO"))
         .args(["build", "--release", "--quiet", "--package", "xl-vne"])
-        .args(["--example", "measure"])
+        .args(["--example", name])
         .current_dir(&root)
         .status()
         .context("cannot run cargo")?;
     if !status.success() {
-        bail!("the measuring program doesn't build ({status})");
+        bail!("the program {name} doesn't build ({status})");
     }
-    Ok(target(&root).join("release/examples/measure"))
+    Ok(target(&root).join("release/examples").join(name))
 }
 
 /// Where cargo builds.

@@ -3,6 +3,7 @@
 mod across;
 mod downtime;
 mod failure;
+mod hostile;
 mod input;
 mod loader;
 mod matrix;
@@ -97,6 +98,10 @@ const TWO_HOSTS: &[Check] = &[
         name: "a_tcp_stream_between_hosts_tells_what_was_sent_again",
         run: tcp::stream_tells,
     },
+    Check {
+        name: "strangers_removed_peers_and_a_flood_get_nothing_and_harm_nobody",
+        run: hostile::hostile_peers,
+    },
 ];
 
 const PVH: &[Check] = &[
@@ -168,7 +173,8 @@ pub fn run(group: &Group, filter: &str, tally: &mut Tally) -> Result<()> {
         return Ok(());
     }
     let stage: PathBuf = product::stage()?;
-    let measure = product::measure()?;
+    let measure = product::example("measure")?;
+    let hostile = product::example("hostile")?;
     let shape = Shape {
         flavour: group.flavour,
         hosts: group.placement.hosts,
@@ -177,6 +183,7 @@ pub fn run(group: &Group, filter: &str, tally: &mut Tally) -> Result<()> {
     let lab = Lab::up(&shape, Life::Tied)?;
     for host in 0..shape.hosts {
         product::install(&lab, host, &stage)?;
+        lab.put(host, &hostile, "/usr/local/bin/hostile")?;
     }
     lab.put(0, &measure, "/usr/local/bin/measure")?;
     let vne =

@@ -299,10 +299,10 @@ impl Vne {
         std::thread::scope(|scope| {
             let hosts = 0..self.placement.hosts;
             let threads: Vec<_> = hosts.map(|host| scope.spawn(move || look(host))).collect();
-            let results = threads.into_iter().map(|thread| thread.join());
-            results
-                .map(|result| result.unwrap_or_else(|_| bail!("looking at a host has panicked")))
-                .collect()
+            let mut results = threads.into_iter().map(|thread| thread.join());
+            results.try_for_each(|result| {
+                result.unwrap_or_else(|_| bail!("looking at a host has panicked"))
+            })
         })
     }
 
