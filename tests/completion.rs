@@ -162,6 +162,8 @@ fn member(name: &str) -> Result<Member, Box<dyn Error>> {
         pages_sent: 70_000,
         pages_final_dirty: 160,
         stream_bytes: 300_000_000,
+        diverged: false,
+        throttled_to: None,
         uncaptured_disks: Vec::new(),
         image: MemberImage {
             stats: MemberStats::default(),

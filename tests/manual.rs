@@ -9,6 +9,8 @@ use std::process::Command;
 type TestResult = Result<(), Box<dyn Error>>;
 
 const MANUAL: &str = "packaging/man/xl-vne-snapshot.1.pod";
+const VNED: &str = "packaging/man/vned.8.pod";
+const VNE_CONF: &str = "packaging/man/vne.conf.5.pod";
 
 fn path(of: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(of)
@@ -108,9 +110,9 @@ fn options_that_the_manual_mentions_exist() -> TestResult {
     Ok(())
 }
 
-/// The keys that a source file asks libxlutil for are those that the manual
-/// lists in a section.
-fn same_keys(source: &str, title: &str) -> TestResult {
+/// The keys that a source file asks libxlutil for are those that a page lists in
+/// a section.
+fn same_keys(source: &str, page: &str, title: &str) -> TestResult {
     let source = read(source)?;
     let code = source.split("#[cfg(test)]").next().unwrap_or_default();
     let keys: BTreeSet<&str> = code
@@ -118,7 +120,7 @@ fn same_keys(source: &str, title: &str) -> TestResult {
         .skip(1)
         .filter_map(|rest| Some(rest.split_once('"')?.0))
         .collect();
-    let manual = read(MANUAL)?;
+    let manual = read(page)?;
     let items: BTreeSet<&str> = section(&manual, title)
         .lines()
         .filter_map(|line| Some(line.strip_prefix("=item B<")?.split_once('=')?.0))
@@ -130,12 +132,14 @@ fn same_keys(source: &str, title: &str) -> TestResult {
 
 #[test]
 fn the_manual_has_all_keys_of_a_vnes_description_and_no_others() -> TestResult {
-    same_keys("plugin/cli/config.rs", "THE DESCRIPTION OF A VNE")
+    same_keys("plugin/cli/config.rs", MANUAL, "THE DESCRIPTION OF A VNE")
 }
 
 #[test]
 fn the_manual_has_all_keys_of_a_hosts_description_and_no_others() -> TestResult {
-    same_keys("plugin/cli/hostconf.rs", "THE DESCRIPTION OF A HOST")
+    let source = "plugin/cli/hostconf.rs";
+    same_keys(source, MANUAL, "THE DESCRIPTION OF A HOST")?;
+    same_keys(source, VNE_CONF, "KEYS")
 }
 
 /// Lines of the documents that a reader would type.
@@ -160,9 +164,13 @@ fn examples_in_the_documents_are_understood() -> TestResult {
 
 #[test]
 fn the_manual_is_sound_pod() -> TestResult {
+    [MANUAL, VNED, VNE_CONF].into_iter().try_for_each(sound_pod)
+}
+
+fn sound_pod(page: &str) -> TestResult {
     let run = |program: &str| {
         Command::new(program)
-            .args(["--", MANUAL])
+            .args(["--", page])
             .current_dir(env!("CARGO_MANIFEST_DIR"))
             .output()
             .map_err(|error| format!("{program} (Debian: perl): {error}"))

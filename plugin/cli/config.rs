@@ -86,10 +86,11 @@ impl VneConfig {
         let diverging = match config.string(c"diverging")?.as_deref() {
             None => None,
             Some("go") => Some(OnDivergence::Go),
+            Some("throttle") => Some(OnDivergence::Throttle),
             Some("abort") => Some(OnDivergence::Abort),
             Some(other) => {
                 return Err(format!(
-                    "{source}: 'diverging' is '{other}', but must be go or abort"
+                    "{source}: 'diverging' is '{other}', but must be go, throttle or abort"
                 ))
             }
         };
@@ -152,7 +153,10 @@ mod tests {
             ("store = \"/srv\"", "'members' is missing"),
             ("members = \"a\"", "'members' must be a list"),
             ("members = [ \"a\" ]\nhold_kib = 1", "from 16 to"),
-            ("members = [ \"a\" ]\ndiverging = \"maybe\"", "go or abort"),
+            (
+                "members = [ \"a\" ]\ndiverging = \"maybe\"",
+                "go, throttle or abort",
+            ),
         ] {
             let error = VneConfig::parse("lab.cfg", text.as_bytes()).unwrap_err();
             assert!(

@@ -118,6 +118,10 @@ impl Progress for Printer {
                 member,
                 downtime_ns,
             } => self.say(member, format!("cut, down for {}", ms(downtime_ns)), true),
+            Told::Throttled { member, cap } => {
+                let text = format!("doesn't converge: throttled to {cap}% of a processor");
+                self.say(member, text, true);
+            }
             Told::Stored { member } => self.say(member, String::from("stored"), true),
         }
     }

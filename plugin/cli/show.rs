@@ -2,7 +2,7 @@
 
 use super::units::{bytes, ms, table};
 use super::{print, print_json, Failure, Host, SnapshotName, StoreArgument};
-use crate::image::Manifest;
+use crate::image::{Manifest, Name};
 
 /// Show one snapshot: when, of what, and how long the members were down.
 #[derive(Debug, clap::Args)]
@@ -30,8 +30,8 @@ pub fn run(host: &Host, arguments: &Arguments) -> Result<(), Failure> {
 /// The summary that `take` prints too.
 pub fn describe(manifest: &Manifest) -> String {
     let mut rows = vec![[
-        "MEMBER", "TYPE", "MEMORY", "DOWNTIME", "SUSPEND", "PAGES", "STATE", "RESUME", "ROUNDS",
-        "SENT", "LAST", "STORED",
+        "MEMBER", "HOST", "TYPE", "MEMORY", "DOWNTIME", "SUSPEND", "PAGES", "STATE", "RESUME",
+        "ROUNDS", "SENT", "LAST", "STORED",
     ]
     .map(String::from)
     .to_vec()];
@@ -40,6 +40,7 @@ pub fn describe(manifest: &Manifest) -> String {
         let stored: u64 = member.image.files.iter().map(|file| file.length).sum();
         rows.push(vec![
             member.name.to_string(),
+            member.host.to_string(),
             format!("{:?}", member.domain_type).to_lowercase(),
             bytes(member.memory_kib << 10),
             ms(downtime.total_ns()),
@@ -53,13 +54,33 @@ pub fn describe(manifest: &Manifest) -> String {
             bytes(stored),
         ]);
     }
+    let hosts: Vec<&str> = manifest.hosts.iter().map(Name::as_str).collect();
+    let error = match manifest.cut.skew_error_ns {
+        0 => String::new(),
+        error => format!(" (known within {})", ms(error)),
+    };
+    let mut notes = String::new();
+    for member in &manifest.members {
+        if let Some(cap) = member.throttled_to {
+            notes.push_str(&format!(
+                "{} didn't converge and was throttled to {cap}% of a processor.\n",
+                member.name
+            ));
+        }
+        if member.diverged {
+            notes.push_str(&format!(
+                "{} was cut before it had converged.\n",
+                member.name
+            ));
+        }
+    }
     let label = manifest.label.as_ref().map(|label| format!(", '{label}'"));
     format!(
-        "Snapshot {}@{} of {} on {} (Xen {}){}\n{}Skew {}, frames held for {}.\n",
+        "Snapshot {}@{} of {} on {} (Xen {}){}\n{}{notes}Skew {}{error}, frames held for {}.\n",
         manifest.vne,
         manifest.id,
         manifest.created,
-        manifest.host,
+        hosts.join(", "),
         manifest.xen_version,
         label.unwrap_or_default(),
         table(&rows),

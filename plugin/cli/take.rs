@@ -19,13 +19,17 @@ const PREPARE_S: u64 = 30;
 /// Shorter than libxl's own 60 s, and than what peers of the guests put up
 /// with.
 const CUT_S: u64 = 10;
-/// Both sides are in one process here, so only a host that stands still for so
-/// long doesn't hear of itself.
+/// With both sides in one process, only a host that stands still for so long
+/// doesn't hear of itself.
 const LEASE_S: u64 = 60;
+/// How long another host may not be heard of. What is held or suspended doesn't
+/// wait for that.
+const REMOTE_LEASE_S: u64 = 20;
 /// Undoing includes waiting for guests and workers.
-const ABORT_S: u64 = 30;
-/// What passed the holds just before they closed is on its way through one
-/// bridge: that takes microseconds, and a busy host some milliseconds.
+const ABORT_S: u64 = 15;
+/// What passed the holds just before they closed is on its way through a bridge,
+/// or from host to host through a few: that takes microseconds, and a busy host
+/// some milliseconds.
 const DRAIN_MS: u64 = 5;
 const PRECOPY_MAX_S: u32 = 300;
 const LAST_COPY_MS: u32 = 50;
@@ -78,6 +82,8 @@ pub struct Arguments {
 enum Diverging {
     /// Cut all the same: those members are down for longer
     Go,
+    /// Slow them down until they have, for as long again; then give up
+    Throttle,
     /// Give up; no guest is harmed
     Abort,
 }
@@ -235,8 +241,11 @@ fn request(
         .unwrap_or(LAST_COPY_MS);
     let diverging = arguments.diverging.map(|choice| match choice {
         Diverging::Go => OnDivergence::Go,
+        Diverging::Throttle => OnDivergence::Throttle,
         Diverging::Abort => OnDivergence::Abort,
     });
+    let alone = members.iter().all(|member| member.host == *here);
+    let lease_s = if alone { LEASE_S } else { REMOTE_LEASE_S };
     let hold_kib = arguments.hold.or(config.hold_kib).unwrap_or(HOLD_KIB);
     Ok(TakeRequest {
         vne: arguments.vne.clone(),
@@ -247,13 +256,13 @@ fn request(
             precopy_ns: seconds(precopy_max.unwrap_or(PRECOPY_MAX_S).into()),
             drain_ns: DRAIN_MS * 1_000_000,
             hold_ns: seconds(CUT_S),
-            lease_ns: seconds(LEASE_S),
+            lease_ns: seconds(lease_s),
             repeat_ns: seconds(1),
             abort_ns: seconds(ABORT_S),
         },
         host_limits: HostLimits {
             hold_ns: seconds(CUT_S),
-            lease_ns: seconds(LEASE_S),
+            lease_ns: seconds(lease_s),
             ask_ns: seconds(1),
         },
         on_divergence: diverging

@@ -40,6 +40,8 @@ enum Work {
         asked: bool,
         domains: Vec<String>,
     },
+    /// Limit domains' processors, each given as DOMID=UUID=PERCENT
+    Cap { caps: Vec<String> },
     /// Destroy domains that were built paused, each given as NAME=UUID
     Discard { domains: Vec<String> },
     /// Set domains running that were built paused
@@ -98,6 +100,7 @@ fn run(host: &Host, work: &Work) -> Result<(), Failure> {
                 .collect();
             Ok(recover_domains(&host.xl, &domains, *asked)?)
         }
+        Work::Cap { caps } => cap(host, caps),
         Work::Discard { domains } => {
             let parse = |text: &String| {
                 let (name, uuid) = text.split_once('=')?;
@@ -119,6 +122,24 @@ fn run(host: &Host, work: &Work) -> Result<(), Failure> {
         Work::Release { domains } => release(host, domains),
         Work::Describe { vne } => super::print_json(&super::describe(host, vne.as_ref())?),
     }
+}
+
+/// A domain that has gone, or another one with its number, needs nothing.
+fn cap(host: &Host, caps: &[String]) -> Result<(), Failure> {
+    for text in caps {
+        let mut parts = text.split('=');
+        let (Some(domid), Some(uuid), Some(cap)) = (parts.next(), parts.next(), parts.next())
+        else {
+            return Err(format!("{text}: DOMID=UUID=PERCENT is expected").into());
+        };
+        let domid = domid.parse()?;
+        match host.xl.state(domid) {
+            Ok(state) if state.uuid == uuid => host.xl.set_cap(domid, cap.parse()?)?,
+            Ok(_) | Err(crate::domain::xl::Error::Gone(_)) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
 }
 
 /// All numbers are looked up first, so that nothing but the hypercalls lies

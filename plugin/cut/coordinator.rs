@@ -10,6 +10,8 @@ use super::{mutated, FromHost, Order, Phase, Reply, Session, TakeId, ToHost};
 pub enum OnDivergence {
     /// Cut all the same: those members are down for longer.
     Go,
+    /// Slow them down until they have, for as long again; then give up.
+    Throttle,
     /// Give up; no guest is harmed.
     Abort,
 }
@@ -79,6 +81,7 @@ pub struct Coordinator {
     deadline_ns: Option<u64>,
     repeat_at_ns: u64,
     diverged: bool,
+    throttling: bool,
     /// The decision is durable, so that hosts may be told.
     decided: bool,
     why: Option<String>,
@@ -111,6 +114,7 @@ impl Coordinator {
             deadline_ns: None,
             repeat_at_ns: now_ns,
             diverged: false,
+            throttling: false,
             decided: false,
             why: None,
             #[cfg(feature = "mutants")]
@@ -334,10 +338,22 @@ impl Coordinator {
                     self.diverged = true;
                     self.order(Phase::Hold, now_ns, Some(self.limits.hold_ns))
                 }
-                OnDivergence::Abort => {
+                OnDivergence::Throttle if !self.throttling => {
+                    self.throttling = true;
+                    self.deadline_ns = Some(now_ns.saturating_add(self.limits.precopy_ns));
+                    self.repeat_at_ns = now_ns.saturating_add(self.limits.repeat_ns);
+                    self.send_to(Phase::Precopy, |_| true)
+                }
+                OnDivergence::Abort | OnDivergence::Throttle => {
+                    let (throttled, throttle) = if self.throttling {
+                        (" and as long again with their processors throttled", "")
+                    } else {
+                        ("", ", or --diverging throttle")
+                    };
                     let why = format!(
-                        "not all members converged within {} s: they change memory faster than \
-                         it can be copied (try --precopy-max, --last-copy or --diverging go)",
+                        "not all members converged within {} s{throttled}: they change memory \
+                         faster than it can be copied (try --precopy-max, --last-copy, --diverging \
+                         go{throttle})",
                         self.limits.precopy_ns / 1_000_000_000
                     );
                     self.abort(now_ns, why)
@@ -384,6 +400,7 @@ impl Coordinator {
     fn send_to(&self, phase: Phase, whom: impl Fn(&Host) -> bool) -> Vec<Action> {
         let order = match phase {
             Phase::Prepare => Order::Prepare,
+            Phase::Precopy if self.throttling => Order::Throttle,
             // Nothing new to say, but it shows them that we live.
             Phase::Precopy => Order::Precopy,
             Phase::Hold | Phase::Drain => Order::Hold,

@@ -61,6 +61,8 @@ pub enum HostAction {
     Arm,
     /// Tell all members to begin pre-copy.
     StartPrecopy,
+    /// Slow down the members that haven't converged, more and more each time.
+    Throttle,
     /// Block all holds: then [`HostInput::Blocked`].
     Block,
     /// Tell all members to suspend, save the rest and resume.
@@ -288,8 +290,11 @@ impl Host {
         if asked == self.phase {
             return match reply_of(message.order) {
                 _ if self.phase == Phase::Precopy => {
-                    let converged = self.converged();
-                    vec![self.say(Reply::Converged(converged))]
+                    let said = self.say(Reply::Converged(self.converged()));
+                    match message.order {
+                        Order::Throttle => vec![HostAction::Throttle, said],
+                        _ => vec![said],
+                    }
                 }
                 Some(reply) if self.done => vec![self.say(reply)],
                 _ => Vec::new(),
@@ -464,7 +469,7 @@ impl Host {
 fn phase_of(order: Order) -> Phase {
     match order {
         Order::Prepare => Phase::Prepare,
-        Order::Precopy => Phase::Precopy,
+        Order::Precopy | Order::Throttle => Phase::Precopy,
         Order::Hold => Phase::Hold,
         Order::Cut => Phase::Cut,
         Order::Release => Phase::Release,
@@ -484,7 +489,7 @@ fn reply_of(order: Order) -> Option<Reply> {
         Order::Finalise => Reply::Stored,
         Order::Commit => Reply::Committed,
         Order::Abort => Reply::Aborted,
-        Order::Precopy => return None,
+        Order::Precopy | Order::Throttle => return None,
     })
 }
 

@@ -54,6 +54,8 @@ pub enum Order {
     Prepare,
     /// Begin to copy.
     Precopy,
+    /// Slow down those members that haven't converged.
+    Throttle,
     /// Hold the members' frames.
     Hold,
     /// Suspend, save and resume the members.

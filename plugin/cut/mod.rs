@@ -13,6 +13,7 @@
 //!            ◄─ prepared (session)
 //!  PRECOPY   ─ precopy ─► start ──────────────────────────► pre-copy, then hover
 //!            ◄─ converged, each time that it changes
+//!            ─ throttle ► (if some don't, and that was asked for) ► slow down
 //!  HOLD      ─ hold ────► block all holds; the deadline runs
 //!            ◄─ held
 //!  DRAIN     (a pause: what was on its way arrives)
@@ -59,9 +60,10 @@
 //!
 //! # Versions
 //!
-//! [`PROTOCOL`] is said with `prepare`. A host refuses a version that it doesn't
-//! know, and names those that it does. A message or field may be added within a
-//! version if a host that ignores it is still right; anything else is a new one.
+//! Hosts greet each other with the versions that they know before anything else,
+//! and don't work together without a common one; the machines never see another
+//! than [`PROTOCOL`]. A message or field may be added within a version if a host
+//! that ignores it is still right; anything else is a new one.
 
 mod coordinator;
 mod host;

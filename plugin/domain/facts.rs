@@ -65,6 +65,10 @@ pub struct DomainFacts {
     pub memory_kib: u64,
     /// Virtual CPUs.
     pub vcpus: u32,
+    /// What its virtual CPUs may use together, in percent of one physical CPU; 0
+    /// for all they want. None if the scheduler can't limit that.
+    #[serde(default)]
+    pub cap: Option<u32>,
     /// Its network interfaces.
     pub vifs: Vec<Vif>,
     /// Its disks.
@@ -108,6 +112,7 @@ impl DomainFacts {
             kind,
             memory_kib,
             vcpus: vcpus(&config),
+            cap: None,
             vifs,
             disks: list("/disks").iter().map(disk).collect(),
             name,

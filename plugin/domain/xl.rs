@@ -177,7 +177,53 @@ impl Xl {
         // Both come from the hypervisor, as the check in recover does.
         facts.uuid = state.uuid;
         facts.name = name.to_owned();
+        facts.cap = self.cap(domid)?;
         Ok(facts)
+    }
+
+    /// What a domain's virtual CPUs may use together, in percent of one physical
+    /// CPU; 0 for all they want. `None` if the scheduler can't limit that.
+    fn cap(&self, domid: u32) -> Result<Option<u32>, Error> {
+        self.with_sched_params(|params| {
+            // SAFETY: ctx is live; params is initialised and stays in place.
+            match unsafe { sys::libxl_domain_sched_params_get(self.ctx, domid, params) } {
+                0 => {
+                    let capped = [sys::LIBXL_SCHEDULER_CREDIT, sys::LIBXL_SCHEDULER_CREDIT2];
+                    let cap = u32::try_from(params.cap).ok();
+                    Ok(cap.filter(|_| capped.contains(&params.sched)))
+                }
+                code => Err(failed("read a domain's scheduling", code)),
+            }
+        })
+    }
+
+    /// Limits a domain to `cap`, as `cap()` gives it; nothing else of its
+    /// scheduling changes.
+    pub fn set_cap(&self, domid: u32, cap: u32) -> Result<(), Error> {
+        self.with_sched_params(|params| {
+            params.cap = i32::try_from(cap).unwrap_or(0);
+            // SAFETY: ctx is live; params is initialised, with defaults where
+            // nothing is to change.
+            match unsafe { sys::libxl_domain_sched_params_set(self.ctx, domid, params) } {
+                0 => Ok(()),
+                code => Err(failed("limit a domain's processors", code)),
+            }
+        })
+    }
+
+    fn with_sched_params<T>(
+        &self,
+        work: impl FnOnce(&mut sys::libxl_domain_sched_params) -> T,
+    ) -> T {
+        let mut params = MaybeUninit::<sys::libxl_domain_sched_params>::uninit();
+        // SAFETY: libxl_domain_sched_params_init writes every field.
+        unsafe { sys::libxl_domain_sched_params_init(params.as_mut_ptr()) };
+        // SAFETY: initialised above.
+        let mut params = unsafe { params.assume_init() };
+        let result = work(&mut params);
+        // SAFETY: params was initialised by libxl and is disposed of once.
+        unsafe { sys::libxl_domain_sched_params_dispose(&mut params) };
+        result
     }
 
     fn config_json(&self, domid: u32) -> Result<String, Error> {

@@ -109,6 +109,13 @@ pub struct Member {
     pub pages_final_dirty: u64,
     /// Bytes of the stream, all rounds.
     pub stream_bytes: u64,
+    /// Whether it was cut before it had converged.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub diverged: bool,
+    /// What its processors were limited to in the end, if it had to be slowed
+    /// down: in percent of one physical CPU.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub throttled_to: Option<u32>,
     /// The guest's names for the disks that it could write to and that aren't
     /// in the snapshot.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -306,6 +313,8 @@ pub(crate) mod tests {
             pages_sent: 70_000,
             pages_final_dirty: 160,
             stream_bytes: 300_000_000,
+            diverged: false,
+            throttled_to: None,
             uncaptured_disks: Vec::new(),
             image: MemberImage {
                 stats: MemberStats::default(),

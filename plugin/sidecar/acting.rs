@@ -205,8 +205,14 @@ impl Acting<'_> {
     }
 
     fn tell(&mut self, input: HostInput) {
+        let before = self.host.phase();
         let actions = self.host.handle(now_ns(), input);
         self.todo.extend(actions);
+        let after = self.host.phase();
+        if after != before {
+            let plan = self.part.plan();
+            log::info!("{}@{}: {after}", plan.vne, plan.id);
+        }
     }
 
     fn hear(&mut self, heard: Heard) {
@@ -304,6 +310,18 @@ impl Acting<'_> {
                 message: message.clone(),
                 attached: self.attached(message),
             });
+            return;
+        }
+        if *action == HostAction::Throttle {
+            match self.part.throttle() {
+                Ok(slowed) => {
+                    let take = self.host.take();
+                    for (member, cap) in slowed {
+                        (self.say)(News::Throttled { take, member, cap });
+                    }
+                }
+                Err(error) => self.tell(HostInput::Failed(sentence(&error))),
+            }
             return;
         }
         match self.part.act(action) {

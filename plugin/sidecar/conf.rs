@@ -122,7 +122,7 @@ pub struct Conf {
 /// Another host, and what it may have a part in.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Peer {
-    /// Its name, which it has here only.
+    /// Its name, which is also what it calls itself.
     pub name: Name,
     /// HOST:PORT where its daemon listens.
     pub address: String,

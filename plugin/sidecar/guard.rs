@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::FlockOperation;
 
-use super::journal::{self, JournalDomain, JournalProcess, Orphan, RestoreStage};
+use super::journal::{self, JournalCap, JournalDomain, JournalProcess, Orphan, RestoreStage};
 use super::workers::Program;
 use crate::domain::recover::recover_domains;
 use crate::domain::xl::{self, Xl};
@@ -61,6 +61,7 @@ pub fn clean_up(xl: &Xl, program: &Program, orphan: Orphan) {
     must(end_processes(&record.workers, patience));
     match record.restore {
         None => {
+            must(restore_caps(xl, record));
             let domains: Vec<_> = record
                 .domains
                 .iter()
@@ -157,6 +158,21 @@ fn parse_vm_list(text: &str) -> impl Iterator<Item = (u32, &str)> {
         let uuid = words.next()?;
         Some((words.next()?.parse().ok()?, uuid))
     })
+}
+
+fn restore_caps(xl: &Xl, record: &journal::Record) -> Result<(), String> {
+    let mut result = Ok(());
+    for JournalCap { domid, uuid, cap } in &record.caps {
+        let restored = match xl.state(*domid) {
+            Ok(state) if state.uuid == *uuid => xl.set_cap(*domid, *cap),
+            Ok(_) | Err(xl::Error::Gone(_)) => Ok(()),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = restored {
+            result = Err(format!("domain {domid}: {}", sentence(&error)));
+        }
+    }
+    result
 }
 
 fn remove_holds(record: &journal::Record) -> Result<(), net::Error> {

@@ -66,6 +66,17 @@ pub struct JournalDomain {
     pub uuid: String,
 }
 
+/// A domain that a take may have slowed down.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JournalCap {
+    /// Its number.
+    pub domid: u32,
+    /// Its UUID.
+    pub uuid: String,
+    /// Its limit before, in percent of one physical CPU; 0 for none.
+    pub cap: u32,
+}
+
 /// A process that a take has started.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct JournalProcess {
@@ -97,6 +108,10 @@ pub struct Record {
     pub workers: Vec<JournalProcess>,
     /// The holds that it may have built.
     pub holds: Vec<HoldRecord>,
+    /// What the domains' processors were limited to, of those that it may have
+    /// slowed down.
+    #[serde(default)]
+    pub caps: Vec<JournalCap>,
     /// For a restore: how far it is. `domains` then have no number yet.
     pub restore: Option<RestoreStage>,
 }
@@ -445,6 +460,7 @@ mod tests {
         };
         Record {
             leader: None,
+            caps: Vec::new(),
             vne: vne.to_owned(),
             pid: std::process::id(),
             store: PathBuf::from("/nowhere"),

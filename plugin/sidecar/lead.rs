@@ -98,6 +98,13 @@ pub enum Told {
         /// For how long it was down, in ns.
         downtime_ns: u64,
     },
+    /// A member was slowed down, as it doesn't converge.
+    Throttled {
+        /// Which.
+        member: usize,
+        /// What it may use now, in percent of one physical CPU.
+        cap: u32,
+    },
     /// A member's part is stored.
     Stored {
         /// Which.
@@ -374,6 +381,11 @@ impl Leading<'_> {
                     });
                 }
             }
+            News::Throttled { member, cap, .. } => {
+                if let Some(member) = number(member) {
+                    self.progress.tell(Told::Throttled { member, cap });
+                }
+            }
             News::Stored { member, .. } => {
                 if let Some(member) = number(member) {
                     self.progress.tell(Told::Stored { member });
@@ -486,9 +498,6 @@ impl Leading<'_> {
     }
 
     fn snapshot(self) -> Result<Taken, Error> {
-        if self.coordinator.diverged() {
-            log::warn!("cut although not all members had converged");
-        }
         let missing = || Error::Failed(String::from("committed without a manifest"));
         let over = self.coordinator.phase() == Phase::Done;
         let unheard = |index: &usize| !over && !self.coordinator.answered(*index);

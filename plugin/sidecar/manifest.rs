@@ -50,6 +50,8 @@ pub fn member(
         pages_sent: precopied + times.final_pages,
         pages_final_dirty: times.final_pages,
         stream_bytes: times.stream_bytes,
+        diverged: false,
+        throttled_to: None,
         uncaptured_disks: facts.writable_disks(),
         image,
     })

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::acting::{Heard, Which};
 use super::error::Error;
-use super::journal::{Journal, JournalDomain, Record, Register};
+use super::journal::{Journal, JournalCap, JournalDomain, Record, Register};
 use super::vote::Vote;
 use super::wire::{Attached, PartMember, Plan};
 use super::workers::{Program, Worker};
@@ -17,7 +17,7 @@ use crate::cut::{HostAction, HostInput};
 use crate::domain::messages::{Command, CutTimes, Event};
 use crate::domain::policy::Round;
 use crate::domain::DomainFacts;
-use crate::image::{self, Manifest, MemberImage, Name, Store};
+use crate::image::{self, Manifest, Member as Entry, MemberImage, Name, Store};
 use crate::net::{self, Hold, HoldRecord, Nft, Rtnl};
 use crate::sentence::sentence;
 
@@ -26,8 +26,19 @@ const WORKER_END_MAX: Duration = Duration::from_secs(2);
 /// Bringing domains back takes 3 s at most (`domain::recover`).
 const RECOVER_MAX: Duration = Duration::from_secs(10);
 
+/// The first limit of a member that doesn't converge, in percent of a physical
+/// CPU for each virtual one.
+const CAP_FIRST: u32 = 50;
+/// And the last: below that a guest's own time-outs begin to run out.
+const CAP_LAST: u32 = 5;
+/// How long a limit is tried before it's halved.
+const CAP_INTERVAL: Duration = Duration::from_secs(4);
+
 struct Member {
     worker: Worker,
+    converged: bool,
+    /// What it's limited to, and since when.
+    cap: Option<(u32, Instant)>,
     facts: Option<DomainFacts>,
     rounds: Vec<Round>,
     times: Option<CutTimes>,
@@ -117,6 +128,8 @@ impl Part {
                 .map_err(Error::start("start a worker"))?;
             self.members.push(Member {
                 worker,
+                converged: false,
+                cap: None,
                 facts: None,
                 rounds: Vec::new(),
                 times: None,
@@ -173,6 +186,7 @@ impl Part {
                 None
             }
             Event::Round { round, converged } => {
+                member.converged = converged;
                 member.rounds.push(round);
                 Some(HostInput::Round {
                     member: index,
@@ -218,7 +232,7 @@ impl Part {
     pub fn act(&mut self, action: &HostAction) -> Result<Option<HostInput>, Error> {
         match action {
             // Not for here; armed when the workers have looked.
-            HostAction::Say(_) | HostAction::Arm => Ok(None),
+            HostAction::Say(_) | HostAction::Arm | HostAction::Throttle => Ok(None),
             HostAction::StartPrecopy => {
                 self.start_precopy()?;
                 Ok(None)
@@ -244,6 +258,7 @@ impl Part {
             }
             HostAction::Finalise => {
                 self.take_holds_down()?;
+                self.uncap()?;
                 self.tell_all(&Command::Finalise);
                 Ok(None)
             }
@@ -295,6 +310,7 @@ impl Part {
                 .map(|m| m.worker.process.clone())
                 .collect(),
             holds: planned.clone(),
+            caps: Vec::new(),
             restore: None,
         };
         let journal = self.register.enter(record)?;
@@ -309,6 +325,71 @@ impl Part {
             self.holds.push(hold);
         }
         Ok(())
+    }
+
+    /// Slows down the members that haven't converged, a bit more each time.
+    /// Returns which, and what each is limited to now.
+    pub fn throttle(&mut self) -> Result<Vec<(usize, u32)>, Error> {
+        let mut slowed = Vec::new();
+        let mut caps = Vec::new();
+        for (index, member) in self.members.iter_mut().enumerate() {
+            let Some(facts) = member.facts.as_ref().filter(|_| !member.converged) else {
+                continue;
+            };
+            let Some(before) = facts.cap else {
+                return Err(Error::Failed(format!(
+                    "'{}' doesn't converge, and its scheduler can't limit its processors (credit \
+                     and credit2 can)",
+                    facts.name
+                )));
+            };
+            let cap = match member.cap {
+                Some((_, since)) if since.elapsed() < CAP_INTERVAL => continue,
+                Some((cap, _)) => (cap / 2).max(CAP_LAST * facts.vcpus),
+                None if before > 0 => before.min(CAP_FIRST * facts.vcpus),
+                None => CAP_FIRST * facts.vcpus,
+            };
+            member.cap = Some((cap, Instant::now()));
+            slowed.push((index, cap));
+            caps.push((facts.domid, facts.uuid.clone(), before, cap));
+        }
+        if caps.is_empty() {
+            return Ok(slowed);
+        }
+        if let Some(journal) = &mut self.journal {
+            journal.update(|record| {
+                for (domid, uuid, before, _) in &caps {
+                    if record.caps.iter().all(|known| known.domid != *domid) {
+                        record.caps.push(JournalCap {
+                            domid: *domid,
+                            uuid: uuid.clone(),
+                            cap: *before,
+                        });
+                    }
+                }
+            })?;
+        }
+        let caps = caps
+            .iter()
+            .map(|(domid, uuid, _, cap)| format!("{domid}={uuid}={cap}"));
+        set_caps(&self.place.program, caps)?;
+        Ok(slowed)
+    }
+
+    /// Gives members their processors back.
+    fn uncap(&mut self) -> Result<(), Error> {
+        let Some(journal) = &mut self.journal else {
+            return Ok(());
+        };
+        let caps = &journal.record().caps;
+        if caps.is_empty() {
+            return Ok(());
+        }
+        let before = caps
+            .iter()
+            .map(|cap| format!("{}={}={}", cap.domid, cap.uuid, cap.cap));
+        set_caps(&self.place.program, before)?;
+        Ok(journal.update(|record| record.caps.clear())?)
     }
 
     fn start_precopy(&mut self) -> Result<(), Error> {
@@ -392,7 +473,11 @@ impl Part {
             };
             let host = &self.place.host;
             stored.push(PartMember {
-                entry: super::manifest::member(host, facts, &member.rounds, times, image)?,
+                entry: Entry {
+                    diverged: !member.converged,
+                    throttled_to: member.cap.map(|(cap, _)| cap),
+                    ..super::manifest::member(host, facts, &member.rounds, times, image)?
+                },
                 suspended_ns: times.suspended_ns,
             });
             member.ended = true;
@@ -447,6 +532,10 @@ impl Part {
         // First, since letting frames go may wait for the interfaces.
         self.tell_all(&Command::Abort);
         let mut undone = self.let_frames_go();
+        if let Err(error) = self.uncap() {
+            log::error!("{}", sentence(&error));
+            undone = false;
+        }
         let deadline = Instant::now() + WORKER_END_MAX;
         let mut harmed = Vec::new();
         for member in &mut self.members {
@@ -531,8 +620,25 @@ pub fn start_guard(program: &Program, journal: &Journal) -> Result<(), Error> {
     if let Some(mut pipe) = child.stdout.take() {
         pipe.read_exact(&mut ready).map_err(start)?;
     }
-    // It outlives this process or ends right after it: nobody waits for it.
+    // It may outlive this process. A daemon lives on, and must not leave it
+    // unburied.
+    std::thread::spawn(move || child.wait());
     Ok(())
+}
+
+/// Limits domains' processors, in a process that has libxl.
+fn set_caps(program: &Program, caps: impl Iterator<Item = String>) -> Result<(), Error> {
+    let status = program
+        .command(&["cap", "--"])
+        .args(caps)
+        .stderr(Stdio::inherit())
+        .status()
+        .map_err(Error::start("limit processors"))?;
+    if status.success() {
+        Ok(())
+    } else {
+        Err(Error::Failed(format!("limiting processors: {status}")))
+    }
 }
 
 /// Brings domains back whose worker was killed, in a process that has libxl.

@@ -31,8 +31,11 @@ const CONNECT_MAX: Duration = Duration::from_secs(3);
 const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(4);
 /// Messages to one host that wait for a connection; more are lost.
 const WAITING_MAX: usize = 256;
-/// Between two looks at a peer's clock.
-const CLOCK_INTERVAL: Duration = Duration::from_millis(100);
+/// Between the first looks at a peer's clock in a take, and how many.
+const CLOCK_INTERVAL: Duration = Duration::from_millis(50);
+const CLOCK_LOOKS: u32 = 10;
+/// Between the others: a cut should seldom meet one.
+const CLOCK_INTERVAL_LATER: Duration = Duration::from_secs(3);
 /// Older comparisons of clocks than this don't count any more: clocks drift.
 const CLOCK_AGE_MAX: Duration = Duration::from_secs(60);
 
@@ -257,11 +260,17 @@ impl RemoteLink {
     pub fn new(remote: Arc<Remote>, refused: impl Fn(News) + Send + Sync + 'static) -> Self {
         let watched = Arc::clone(&remote);
         let watch = remote.runtime.spawn(async move {
-            loop {
+            for look in 0_u32.. {
                 if let Err(why) = watched.look_at_clock().await {
                     log::debug!("{}: {why}", watched.peer.name);
                 }
-                tokio::time::sleep(CLOCK_INTERVAL).await;
+                let first = look < CLOCK_LOOKS;
+                let interval = if first {
+                    CLOCK_INTERVAL
+                } else {
+                    CLOCK_INTERVAL_LATER
+                };
+                tokio::time::sleep(interval).await;
             }
         });
         Self {

@@ -117,6 +117,7 @@ pub(super) fn build(
         asked: false,
         workers: Vec::new(),
         holds: Vec::new(),
+        caps: Vec::new(),
         restore: Some(RestoreStage::Building),
     };
     let mut journal = register.enter(record)?;
@@ -489,6 +490,7 @@ mod tests {
                 asked: false,
                 workers: Vec::new(),
                 holds: Vec::new(),
+                caps: Vec::new(),
                 restore: Some(RestoreStage::Building),
             };
             Ok(Self {

@@ -77,6 +77,15 @@ pub enum News {
         /// When, by the host's own clock.
         times: CutTimes,
     },
+    /// A member was slowed down, as it doesn't converge. For people as well.
+    Throttled {
+        /// The take.
+        take: TakeId,
+        /// Which of the host's members.
+        member: usize,
+        /// What it may use now, in percent of one physical CPU.
+        cap: u32,
+    },
     /// A member's part is stored. For people as well.
     Stored {
         /// The take.
@@ -91,7 +100,10 @@ impl News {
     pub fn take(&self) -> TakeId {
         match self {
             Self::Said { message, .. } => message.take,
-            Self::Round { take, .. } | Self::Cut { take, .. } | Self::Stored { take, .. } => *take,
+            Self::Round { take, .. }
+            | Self::Cut { take, .. }
+            | Self::Throttled { take, .. }
+            | Self::Stored { take, .. } => *take,
         }
     }
 }

@@ -11,6 +11,7 @@ use super::super::lead::{Progress, Told};
 use super::super::restore;
 use super::super::rpc::{JobDone, JobId, JobTold, Watched};
 use super::lock;
+use crate::cut::Phase;
 
 /// What isn't asked for for so long is watched by nobody any more.
 const UNWATCHED_MAX: Duration = Duration::from_secs(10);
@@ -32,12 +33,20 @@ impl Job {
     /// Told by the work itself.
     pub fn tell(&self, told: JobTold) {
         let mut all = lock(&self.told);
+        let told_phase = match &told {
+            JobTold::Take(Told::Phase(phase)) => Some(*phase),
+            _ => None,
+        };
         let only_a_round = matches!(told, JobTold::Take(Told::Round { .. }));
         if !(only_a_round && all.len() >= UNHEARD_MAX) {
             all.push(told);
         }
         drop(all);
-        self.news.notify_one();
+        // While frames are held, waking up a command costs those who wait.
+        let in_the_cut = matches!(told_phase, Some(Phase::Hold | Phase::Drain | Phase::Cut));
+        if !in_the_cut {
+            self.news.notify_one();
+        }
     }
 
     fn finish(&self, done: JobDone) {

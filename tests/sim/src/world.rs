@@ -533,9 +533,10 @@ impl World {
             return;
         }
         self.note(|| format!("take {} is asked for on host {node}", take.0));
-        let divergence = match self.rng.bool() {
-            true => OnDivergence::Go,
-            false => OnDivergence::Abort,
+        let divergence = match self.rng.u8(..3) {
+            0 => OnDivergence::Go,
+            1 => OnDivergence::Throttle,
+            _ => OnDivergence::Abort,
         };
         let now = self.clock(node);
         let names: Vec<String> = (0..self.schedule.hosts).map(|n| n.to_string()).collect();
@@ -666,6 +667,17 @@ impl World {
                             self.after(MS, 300 * MS, fails("no space"));
                         } else {
                             self.after(5 * MS, 500 * MS, step(Step::Store(member)));
+                        }
+                    }
+                }
+                HostAction::Throttle => {
+                    for (at, _) in self.members_of(node).enumerate() {
+                        if self.rng.u8(..4) == 0 {
+                            let converged = HostInput::Round {
+                                member: at,
+                                converged: true,
+                            };
+                            self.after(20 * MS, 400 * MS, step(Step::Tell(converged)));
                         }
                     }
                 }

@@ -6,6 +6,8 @@ mod failure;
 mod hostile;
 mod input;
 mod loader;
+mod matrix;
+mod peers;
 mod tcp;
 mod vne;
 mod whole;
@@ -75,6 +77,22 @@ const TWO_HOSTS: &[Check] = &[
     Check {
         name: "a_ring_over_two_hosts_turns",
         run: across::ring_turns,
+    },
+    Check {
+        name: "ten_snapshots_over_two_hosts_are_restored_with_one_token_at_most",
+        run: across::ten_restores,
+    },
+    Check {
+        name: "skew_over_two_hosts_is_small_and_downtime_is_as_alone",
+        run: across::skew_and_downtime,
+    },
+    Check {
+        name: "a_tcp_stream_between_hosts_goes_on_through_20_snapshots",
+        run: tcp::stream_goes_on,
+    },
+    Check {
+        name: "whatever_fails_over_two_hosts_harms_nobody",
+        run: matrix::all,
     },
     Check {
         name: "a_tcp_stream_between_hosts_tells_what_was_sent_again",

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{bail, ensure, Context, Result};
 use serde_json::Value;
 
+use super::peers;
 use crate::lab::{Guest, Lab};
 
 /// The name of the VNE.
@@ -104,6 +105,9 @@ impl Vne {
         for host in 0..placement.hosts {
             vne.configure(host)?;
         }
+        if placement.hosts > 1 {
+            peers::introduce(&vne)?;
+        }
         vne.start_guests()?;
         Ok(vne)
     }
@@ -189,7 +193,13 @@ impl Vne {
 
     /// Takes a snapshot of all members and returns its manifest.
     pub fn take(&self) -> Result<Value> {
-        let text = self.sh(&format!("xl vne-snapshot take --json {NAME}"))?;
+        self.take_on(0, NAME)
+    }
+
+    /// Takes a snapshot with a command on some host: of the VNE, or of what its
+    /// name is followed by.
+    pub fn take_on(&self, host: usize, what: &str) -> Result<Value> {
+        let text = self.sh_on(host, &format!("xl vne-snapshot take --json {what}"))?;
         serde_json::from_str(&text).with_context(|| format!("take printed {text}"))
     }
 
@@ -276,19 +286,37 @@ impl Vne {
         Ok(())
     }
 
-    /// Fails when a shell line prints something in any host's dom0.
-    fn silent(&self, line: &str, what: &str) -> Result<()> {
-        for (host, printed) in self.everywhere(line)?.iter().enumerate() {
-            ensure!(printed.is_empty(), "host {host}: {what}:\n{printed}");
-        }
+    /// Fails when a shell line prints something in a host's dom0.
+    fn silent(&self, host: usize, line: &str, what: &str) -> Result<()> {
+        let printed = self.sh_on(host, line)?;
+        ensure!(printed.is_empty(), "host {host}: {what}:\n{printed}");
         Ok(())
+    }
+
+    /// Does something for every host, in all at once.
+    fn each_host(&self, look: impl Fn(usize) -> Result<()> + Sync) -> Result<()> {
+        let look = &look;
+        std::thread::scope(|scope| {
+            let hosts = 0..self.placement.hosts;
+            let threads: Vec<_> = hosts.map(|host| scope.spawn(move || look(host))).collect();
+            let results = threads.into_iter().map(|thread| thread.join());
+            results
+                .map(|result| result.unwrap_or_else(|_| bail!("looking at a host has panicked")))
+                .collect()
+        })
     }
 
     /// No frame waits anywhere.
     pub fn no_hold(&self) -> Result<()> {
-        // The lab has a table of its own.
+        self.each_host(|host| self.no_hold_on(host))
+    }
+
+    /// No frame waits on a host.
+    pub fn no_hold_on(&self, host: usize) -> Result<()> {
+        // The lab has a table of its own, and one test cuts the wire with one.
         self.silent(
-            "ip -br link | grep vneh; nft list tables | grep -v 'netdev lab$'; true",
+            host,
+            "ip -br link | grep vneh; nft list tables | grep -vE 'netdev (lab|cut)$'; true",
             "a hold is left",
         )
     }
@@ -303,14 +331,20 @@ impl Vne {
     /// No member exists, and nothing of a restore is left in any dom0.
     pub fn nothing_there(&self) -> Result<()> {
         self.nothing_left()?;
-        self.silent("xl list | tail -n +3", "there are domains")
+        self.each_host(|host| self.silent(host, "xl list | tail -n +3", "there are domains"))
     }
 
     fn nothing_left(&self) -> Result<()> {
-        self.no_hold()?;
+        self.each_host(|host| self.nothing_left_on(host))
+    }
+
+    /// Nothing of a take or restore is left on a host.
+    pub fn nothing_left_on(&self, host: usize) -> Result<()> {
+        self.no_hold_on(host)?;
         self.silent(
+            host,
             "tc qdisc show | grep plug; \
-             ls -A /var/run/xen/vne | grep -v '^register$'; \
+             ls -A /var/run/xen/vne | grep -vE '^(register|vned[.](lock|sock))$'; \
              ls -A /var/lib/xen-vne/tmp 2>/dev/null; ls -A /var/lib/xen | grep -v '^userdata'; \
              ps -eo args | grep -E '[v]ne-(worker|guard|save)|[l]ibxl-save-helper'; \
              xenstore-ls -f | grep -E 'control/shutdown = \"suspend\"'; true",
@@ -321,22 +355,22 @@ impl Vne {
     /// All members run on their hosts, and each has the process of xl's that
     /// acts on its `on_reboot` and the like.
     pub fn all_run(&self) -> Result<()> {
-        let monitors = self.everywhere("pgrep -fc '/xl (create|restore) '; true")?;
-        let lists = self.everywhere("xl list")?;
-        for (host, (monitors, list)) in monitors.iter().zip(&lists).enumerate() {
-            let members: Vec<&Member> = self
-                .placement
-                .members()
-                .filter(|member| member.host == host)
-                .collect();
-            ensure!(
-                monitors.trim() == members.len().to_string(),
-                "host {host}: there are {} monitors of xl's",
-                monitors.trim()
-            );
-            for member in members {
-                running(list, member.name).with_context(|| format!("host {host}"))?;
-            }
+        self.each_host(|host| self.run_on(host))
+    }
+
+    /// The same for the members on one host.
+    pub fn run_on(&self, host: usize) -> Result<()> {
+        let told = self.sh_on(host, "pgrep -fc '/xl (create|restore) '; xl list")?;
+        let (monitors, list) = told.split_once('\n').unwrap_or_default();
+        let here = |member: &&Member| member.host == host;
+        let members: Vec<&Member> = self.placement.members().filter(here).collect();
+        ensure!(
+            monitors.trim() == members.len().to_string(),
+            "host {host}: there are {} monitors of xl's",
+            monitors.trim()
+        );
+        for member in members {
+            running(list, member.name).with_context(|| format!("host {host}"))?;
         }
         Ok(())
     }
@@ -402,7 +436,8 @@ impl Vne {
     pub fn state_for_humans(&self) -> String {
         let line = "xl list; ls -laR /var/run/xen/vne; ip -br link; tc qdisc show; \
                     df -h / | tail -1; ps -eo pid,args | grep -E '[v]ne-|[s]ave-helper'; \
-                    tail -n 5 /var/log/xen/xl-*.log; dmesg | tail -n 10";
+                    tail -n 5 /var/log/xen/xl-*.log; tail -n 30 /var/log/vned.log; \
+                    dmesg | tail -n 10";
         let one = |host: usize| match self.lab.sh(host, line) {
             Ok(output) => format!("host{host}:\n{}", String::from_utf8_lossy(&output.stdout)),
             Err(error) => format!("host{host}: dom0 doesn't answer: {error:#}\n"),

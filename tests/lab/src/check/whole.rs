@@ -94,7 +94,7 @@ pub fn one_restore(vne: &Vne) -> Result<String> {
 
 /// Destroys the members, restores the snapshot, and returns how many tokens
 /// there are in it.
-fn restore(vne: &Vne, snapshot: &str) -> Result<u64> {
+pub fn restore(vne: &Vne, snapshot: &str) -> Result<u64> {
     vne.destroy()?;
     vne.sh(&format!("xl vne-snapshot restore -q {snapshot}"))?;
     vne.all_run()?;
@@ -174,7 +174,7 @@ pub fn save_file_is_refused(vne: &Vne) -> Result<String> {
     Ok(format!("  {}", told.trim()))
 }
 
-fn ms(ns: &Value) -> f64 {
+pub fn ms(ns: &Value) -> f64 {
     ns.as_u64().unwrap_or_default() as f64 / 1e6
 }
 
