@@ -322,20 +322,13 @@ fn asks(
         told.push(refused.ok_or_else(|| format!("{method} was done"))?);
         alpha.logged(&["peer 'beta'", &format!("VNE '{vne}'"), "isn't listed"])?;
     }
-    for (method, params) in [
-        (
-            "peer_news",
-            json!({"news": {"said": {"message": said, "attached": part}}}),
-        ),
-        (
-            "peer_order",
-            json!({"order": {"message": commit, "manifest": manifest}}),
-        ),
-    ] {
-        let answer = client.call(method, params)??;
-        told.push(answer.to_string());
-        told.push(ear.hears()?.to_string());
-    }
+    let news = json!({"news": {"said": {"message": said, "attached": part}}});
+    told.push(client.call("peer_news", news)??.to_string());
+    alpha.logged(&["peer 'beta'", &format!("{vne}@"), "isn't listed"])?;
+    // What is said to it first is about this one: of the news nothing came.
+    let order = json!({"order": {"message": commit, "manifest": manifest}});
+    told.push(client.call("peer_order", order)??.to_string());
+    told.push(ear.hears()?.to_string());
     let same = |text: String| text.replace(&format!("'{vne}'"), "'VNE'");
     Ok(told.into_iter().map(same).collect())
 }
@@ -579,7 +572,7 @@ fn half_open_connections_keep_no_other_address_out() -> TestResult {
 fn one_peer_does_not_have_more_connections_than_it_may() -> TestResult {
     let (alpha, beta) = alpha_and_beta(&["lab"])?;
     let mut open = Vec::new();
-    for _ in 0..16 {
+    for _ in 0..8 {
         let mut client = Client::of(&beta.identity, &alpha)?;
         client.greet("beta")??;
         open.push(client);

@@ -154,15 +154,15 @@ fn test(host: &Host, name: Option<&Name>, json: bool) -> Result<(), Failure> {
             .map(String::from)
             .to_vec()];
         rows.extend(tests.iter().map(|test| {
-            let (trip, result) = match &test.result {
-                Ok(version) => (ms(test.round_trip_ns), format!("ok, vned {version}")),
-                Err(why) => (String::from("-"), why.clone()),
+            let (trip, result) = match (&test.version, &test.error) {
+                (Some(version), None) => (ms(test.round_trip_ns), format!("ok, vned {version}")),
+                (_, why) => (String::from("-"), why.clone().unwrap_or_default()),
             };
             vec![test.name.to_string(), test.address.clone(), trip, result]
         }));
         print(&table(&rows))?;
     }
-    match tests.iter().filter(|test| test.result.is_err()).count() {
+    match tests.iter().filter(|test| test.error.is_some()).count() {
         0 => Ok(()),
         bad => Err(format!("{bad} of {} peers can't be worked with", tests.len()).into()),
     }

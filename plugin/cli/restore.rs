@@ -82,7 +82,7 @@ pub fn run(host: &Host, arguments: &Arguments) -> Result<(), Failure> {
         store: store.root().to_owned(),
         run_dir: host.run_dir.clone(),
         program: host.program(),
-        leader: None,
+        joint: None,
         paused: arguments.paused,
     };
     warn_of_disks(snapshot.manifest());

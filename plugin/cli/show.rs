@@ -3,6 +3,7 @@
 use super::units::{bytes, ms, table};
 use super::{print, print_json, Failure, Host, SnapshotName, StoreArgument};
 use crate::image::{Manifest, Name};
+use crate::sidecar::lead::Offset;
 
 /// Show one snapshot: when, of what, and how long the members were down.
 #[derive(Debug, clap::Args)]
@@ -57,6 +58,9 @@ pub fn describe(manifest: &Manifest) -> String {
     let hosts: Vec<&str> = manifest.hosts.iter().map(Name::as_str).collect();
     let error = match manifest.cut.skew_error_ns {
         0 => String::new(),
+        error if error >= Offset::UNKNOWN_NS => {
+            String::from(" (unknown: hosts' clocks couldn't be compared)")
+        }
         error => format!(" (known within {})", ms(error)),
     };
     let mut notes = String::new();

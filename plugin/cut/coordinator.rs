@@ -211,6 +211,8 @@ impl Coordinator {
             }
             (None, Some(_)) | (Some(_), None) if ended => {}
             (None, None) if ended => {}
+            // It's preparing, and will say its session when that is done.
+            (None, Some(_)) if message.reply == Reply::Working => {}
             (Some(known), Some(said)) if known == said => {}
             // Late, of a session that is no more.
             _ => return Vec::new(),
@@ -230,6 +232,7 @@ impl Coordinator {
                     _ => Vec::new(),
                 };
             }
+            Reply::Working => return Vec::new(),
             Reply::Prepared => Phase::Prepare,
             Reply::Held => Phase::Hold,
             Reply::Cut => Phase::Cut,

@@ -297,7 +297,9 @@ impl Host {
                     }
                 }
                 Some(reply) if self.done => vec![self.say(reply)],
-                _ => Vec::new(),
+                // Making it visible may have failed: tried again.
+                _ if self.phase == Phase::Commit => vec![HostAction::Commit],
+                _ => vec![self.say(Reply::Working)],
             };
         }
         let ready = self.done || self.phase == Phase::Precopy;

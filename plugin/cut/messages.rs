@@ -76,6 +76,8 @@ pub enum Order {
 pub enum Reply {
     /// All is built.
     Prepared,
+    /// It's being done: the order came, and this host lives.
+    Working,
     /// Whether all members here have converged.
     Converged(bool),
     /// No frame leaves a member.

@@ -21,7 +21,8 @@ pub fn as_host(message: &ToHost, committed: bool) -> Option<FromHost> {
 }
 
 /// A coordinator's answer to a host that speaks of a take that nobody leads.
-/// `committed` says whether the decision to commit it is on disk here.
+/// `committed` says whether the decision to commit it is on disk here. Who can't
+/// look must not answer.
 pub fn as_coordinator(message: &FromHost, committed: bool) -> Option<ToHost> {
     let order = match message.reply {
         Reply::Stored if committed => Order::Commit,

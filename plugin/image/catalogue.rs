@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use super::error::Error;
 use super::files::{self, Lock};
@@ -10,6 +11,9 @@ use super::name::{Name, SnapshotId};
 use super::reader::MemberReader;
 use super::store::{self, is_not_found, Store};
 use super::Result;
+
+/// How long a process may take from being forked to running its program.
+const STARTING_MAX: Duration = Duration::from_millis(300);
 
 /// Lists, finds and removes snapshots.
 #[derive(Clone, Debug)]
@@ -116,12 +120,20 @@ impl Catalogue {
 
     fn lock(&self, vne: &Name, id: &SnapshotId, lock: Lock) -> Result<File> {
         let path = self.store.snapshot_dir(vne, id);
-        match files::try_lock_dir(&path, lock) {
-            Ok(Some(file)) => Ok(file),
-            Ok(None) if lock == Lock::Shared => Err(no_snapshot(vne, id)), // being removed
-            Ok(None) => Err(Error::InUse { path }),
-            Err(error) if is_not_found(&error) => Err(no_snapshot(vne, id)),
-            Err(error) => Err(error),
+        let start = Instant::now();
+        loop {
+            match files::try_lock_dir(&path, lock) {
+                Ok(Some(file)) => return Ok(file),
+                // A process that is being started has all locks of ours until it
+                // runs its program.
+                Ok(None) if start.elapsed() < STARTING_MAX => {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                Ok(None) if lock == Lock::Shared => return Err(no_snapshot(vne, id)), // being removed
+                Ok(None) => return Err(Error::InUse { path }),
+                Err(error) if is_not_found(&error) => return Err(no_snapshot(vne, id)),
+                Err(error) => return Err(error),
+            }
         }
     }
 

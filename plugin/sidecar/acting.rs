@@ -2,7 +2,9 @@
 //! host's [`Part`] carry out what that asks for.
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -93,6 +95,8 @@ pub(super) struct Side {
     pub link: HereLink,
     /// Ends when the take is over here.
     pub thread: JoinHandle<()>,
+    /// Whether it has voted, and waits for the outcome.
+    pub in_doubt: Arc<AtomicBool>,
 }
 
 /// Starts this host's side of a take, for a leader of any kind.
@@ -105,13 +109,16 @@ pub(super) fn start(
     let (to, heard) = mpsc::channel();
     let part = Part::new(place, plan, which)?;
     let own = to.clone();
+    let in_doubt = Arc::new(AtomicBool::new(false));
+    let doubt = Arc::clone(&in_doubt);
     let thread = std::thread::Builder::new()
         .name(String::from("part"))
-        .spawn(move || act(part, which, (own, &heard), &say))
+        .spawn(move || act(part, which, (own, &heard), &doubt, &say))
         .map_err(Error::start("start a thread"))?;
     Ok(Side {
         link: HereLink(to),
         thread,
+        in_doubt,
     })
 }
 
@@ -125,6 +132,7 @@ struct Acting<'a> {
     stopped: bool,
     /// When each member's last round was told, and whether it had converged.
     rounds_told: Vec<Option<(u64, bool)>>,
+    in_doubt: &'a AtomicBool,
     say: &'a dyn Fn(News),
 }
 
@@ -134,6 +142,7 @@ fn act(
     mut part: Part,
     which: Which,
     (said, heard): (Sender<Heard>, &Receiver<Heard>),
+    in_doubt: &AtomicBool,
     say: &dyn Fn(News),
 ) {
     let plan = part.plan();
@@ -150,6 +159,7 @@ fn act(
         over_since_ns: None,
         stopped: false,
         rounds_told: vec![None; members],
+        in_doubt,
         say,
     };
     if let Err(error) = started {
@@ -208,6 +218,8 @@ impl Acting<'_> {
         let before = self.host.phase();
         let actions = self.host.handle(now_ns(), input);
         self.todo.extend(actions);
+        self.in_doubt
+            .store(self.host.is_in_doubt(), Ordering::Relaxed);
         let after = self.host.phase();
         if after != before {
             let plan = self.part.plan();

@@ -73,12 +73,44 @@ pub fn clean_up(xl: &Xl, program: &Program, orphan: Orphan) {
                 log::warn!("{}", sentence(&error));
             }
         }
-        Some(stage) => must(end_restore(xl, program, &record.domains, stage)),
+        Some(stage) => match outcome(&orphan, stage) {
+            Outcome::End(stage) => must(end_restore(xl, program, &record.domains, stage)),
+            Outcome::Leave => {}
+            Outcome::Wait => {
+                let leader = record.leader.as_deref().unwrap_or("its leader");
+                log::warn!("vned has to ask host '{leader}' how the restore was decided");
+                return;
+            }
+        },
     }
     if undone {
         if let Err(error) = orphan.close() {
             log::error!("{}", sentence(&error));
         }
+    }
+}
+
+/// What is to become of the domains that a killed restore has built.
+enum Outcome {
+    End(RestoreStage),
+    /// They are to stay paused.
+    Leave,
+    /// That knows another host only.
+    Wait,
+}
+
+fn outcome(orphan: &Orphan, stage: RestoreStage) -> Outcome {
+    let Some(joint) = &orphan.record.joint else {
+        return Outcome::End(stage);
+    };
+    if stage != RestoreStage::Built {
+        return Outcome::End(stage);
+    }
+    match journal::decided_paused(orphan.root(), &joint.ticket) {
+        Some(true) => Outcome::Leave,
+        Some(false) => Outcome::End(RestoreStage::Releasing),
+        None if joint.led_here => Outcome::End(RestoreStage::Building),
+        None => Outcome::Wait,
     }
 }
 
@@ -124,7 +156,7 @@ fn end_built(
         return Ok(());
     }
     let ended = match stage {
-        RestoreStage::Building => xl.destroy(domid),
+        RestoreStage::Building | RestoreStage::Built => xl.destroy(domid),
         RestoreStage::Releasing => xl.unpause(domid),
     };
     match xl.state(domid) {

@@ -114,6 +114,18 @@ pub struct Record {
     pub caps: Vec<JournalCap>,
     /// For a restore: how far it is. `domains` then have no number yet.
     pub restore: Option<RestoreStage>,
+    /// For a restore over several hosts.
+    #[serde(default)]
+    pub joint: Option<Joint>,
+}
+
+/// A restore over several hosts.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Joint {
+    /// What it's called on all of them.
+    pub ticket: String,
+    /// Whether this host leads it, and so decides.
+    pub led_here: bool,
 }
 
 impl Record {
@@ -132,6 +144,8 @@ impl Record {
 pub enum RestoreStage {
     /// The domains are being built, paused: half a VNE is destroyed again.
     Building,
+    /// All are built here, and how it was decided only the leader knows.
+    Built,
     /// All are built, and some may run already: the others follow.
     Releasing,
 }
@@ -161,6 +175,11 @@ pub struct Orphan {
 }
 
 impl Register {
+    /// The folder.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
     /// The register below `run_dir`, which is gone after a reboot, as all that
     /// it speaks of is.
     pub fn open(run_dir: &Path) -> Result<Self, Error> {
@@ -348,6 +367,32 @@ impl Orphan {
     pub fn close(self) -> Result<(), Error> {
         remove(&self.folder)
     }
+
+    /// The folder of all journals.
+    pub fn root(&self) -> &Path {
+        self.folder.parent().unwrap_or(&self.folder)
+    }
+
+    /// Goes on with it instead of undoing it.
+    pub fn resume(self) -> Journal {
+        Journal {
+            folder: self.folder,
+            record: self.record,
+            _lock: self._lock,
+        }
+    }
+}
+
+/// Where the leader of a restore notes that it's decided.
+pub fn decision(root: &Path, ticket: &str) -> PathBuf {
+    root.join(format!("released-{ticket}"))
+}
+
+/// What a decision says: whether the members are to be left paused; `None` if
+/// there is none.
+pub fn decided_paused(root: &Path, ticket: &str) -> Option<bool> {
+    let text = fs::read(decision(root, ticket)).ok()?;
+    Some(text.starts_with(b"paused"))
 }
 
 /// When a process was started, in clock ticks since boot; `None` if there is
@@ -469,6 +514,7 @@ mod tests {
             workers: Vec::new(),
             holds: vec![HoldRecord::new(1, 0, "vif1.0")],
             restore: None,
+            joint: None,
         }
     }
 

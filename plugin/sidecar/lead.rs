@@ -143,6 +143,11 @@ pub struct Offset {
     pub error_ns: u64,
 }
 
+impl Offset {
+    /// The error of an offset of which nothing is known.
+    pub const UNKNOWN_NS: u64 = 1 << 60;
+}
+
 /// The way to a host. Messages may be lost.
 pub(super) trait Link {
     /// Sends an order, without waiting for anything.

@@ -152,10 +152,17 @@ impl Part {
         })
     }
 
-    /// What was seen of the members.
+    /// What was seen of the members. Another host needn't know what else their
+    /// configurations say: consoles' passwords, for one.
     pub fn looked(&self) -> Attached {
+        let mut facts = self.facts();
+        if self.plan.leader != self.place.host {
+            for facts in &mut facts {
+                facts.config_json.clear();
+            }
+        }
         Attached::Looked {
-            facts: self.facts(),
+            facts,
             xen_version: self.xen_version.clone(),
         }
     }
@@ -312,6 +319,7 @@ impl Part {
             holds: planned.clone(),
             caps: Vec::new(),
             restore: None,
+            joint: None,
         };
         let journal = self.register.enter(record)?;
         start_guard(&self.place.program, &journal)?;

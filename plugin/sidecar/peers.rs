@@ -36,8 +36,8 @@ const CLOCK_INTERVAL: Duration = Duration::from_millis(50);
 const CLOCK_LOOKS: u32 = 10;
 /// Between the others: a cut should seldom meet one.
 const CLOCK_INTERVAL_LATER: Duration = Duration::from_secs(3);
-/// Older comparisons of clocks than this don't count any more: clocks drift.
-const CLOCK_AGE_MAX: Duration = Duration::from_secs(60);
+/// How far two clocks may drift apart: as fast as NTP ever slews one, both ways.
+const DRIFT_PER_NS: f64 = 0.001;
 
 /// A peer that this host may have a connection to.
 pub(super) struct Remote {
@@ -48,6 +48,7 @@ pub(super) struct Remote {
     runtime: Handle,
     client: AsyncMutex<Option<Arc<Client>>>,
     waiting: Semaphore,
+    /// The best comparison of clocks on this connection, and when it was made.
     clock: Mutex<Option<(Instant, Offset)>>,
     /// Why there is no connection.
     trouble: Mutex<Option<String>>,
@@ -68,10 +69,11 @@ impl Remote {
         })
     }
 
-    /// Whether it's still this that was asked for: whom, by whom, and as whom.
+    /// Whether it's the same peer, and we are the same to it.
     pub fn is(&self, peer: &Peer, here: &Name, identity: &Identity) -> bool {
-        let same = self.identity.fingerprint() == identity.fingerprint();
-        self.peer == *peer && self.here == *here && same
+        self.peer == *peer
+            && self.here == *here
+            && self.identity.fingerprint() == identity.fingerprint()
     }
 
     /// The connection, made if there is none.
@@ -84,6 +86,8 @@ impl Remote {
         let trouble = made.as_ref().err().cloned();
         *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = trouble;
         let made = Arc::new(made?);
+        // The host may have been started anew, and its clock with it.
+        *self.clock.lock().unwrap_or_else(PoisonError::into_inner) = None;
         *client = Some(Arc::clone(&made));
         Ok(made)
     }
@@ -124,7 +128,8 @@ impl Remote {
             .map_err(|error| format!("{}: {}", self.peer.address, tls::explain(&error)))?;
         let client = rpc::client(stream, CALL_MAX);
         // What it says first also shows that it has accepted us.
-        let hello = client.hello(Hello::of(self.here.clone())).await;
+        let hello = timeout(CONNECT_MAX, client.hello(Hello::of(self.here.clone())));
+        let hello = hello.await.map_err(|_| late())?;
         let hello = hello.map_err(|error| match error {
             RpcError::RestartNeeded(_) => String::from(
                 "it refuses this host (is it a peer there, with the fingerprint that \
@@ -224,13 +229,19 @@ impl Remote {
             error_ns: (after - before).div_ceil(2),
         };
         let mut best = self.clock.lock().unwrap_or_else(PoisonError::into_inner);
-        let worse = best.is_some_and(|(at, known)| {
-            at.elapsed() < CLOCK_AGE_MAX && known.error_ns <= offset.error_ns
-        });
-        if !worse {
+        if best.is_none_or(|known| drifted(known).error_ns > offset.error_ns) {
             *best = Some((Instant::now(), offset));
         }
         Ok(Duration::from_nanos(after - before))
+    }
+}
+
+/// What is known after a while: clocks drift.
+fn drifted((at, offset): (Instant, Offset)) -> Offset {
+    let drift_ns = at.elapsed().as_nanos() as f64 * DRIFT_PER_NS;
+    Offset {
+        error_ns: offset.error_ns.saturating_add(drift_ns as u64),
+        ..offset
     }
 }
 
@@ -305,10 +316,10 @@ impl Link for RemoteLink {
         let best = self.remote.clock.lock();
         let unknown = Offset {
             ahead_ns: 0,
-            error_ns: u64::MAX / 4,
+            error_ns: Offset::UNKNOWN_NS,
         };
         best.unwrap_or_else(PoisonError::into_inner)
-            .map_or(unknown, |(_, offset)| offset)
+            .map_or(unknown, drifted)
     }
 }
 

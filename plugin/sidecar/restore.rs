@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use super::error::Error;
 use super::guard::{BUILDER_END_MAX, KILLED_END_MAX};
-use super::journal::{Journal, JournalDomain, Record, Register, RestoreStage};
+use super::journal::{Joint, Journal, JournalDomain, Record, Register, RestoreStage};
 use super::part::start_guard;
 use super::signals;
 use super::take::sweep;
@@ -38,8 +38,9 @@ pub struct RestoreRequest {
     pub run_dir: PathBuf,
     /// How xl is started.
     pub program: Program,
-    /// The host that leads the restore, if there are several.
-    pub leader: Option<Name>,
+    /// The host that leads the restore and what that is called, if there are
+    /// several hosts.
+    pub joint: Option<(Name, Joint)>,
     /// Leave the members paused when all are built.
     pub paused: bool,
 }
@@ -110,7 +111,7 @@ pub(super) fn build(
     };
     let record = Record {
         vne: manifest.vne.to_string(),
-        leader: request.leader.as_ref().map(Name::to_string),
+        leader: request.joint.as_ref().map(|(leader, _)| leader.to_string()),
         pid: std::process::id(),
         store: request.store.clone(),
         domains: manifest.members_here().map(domain).collect(),
@@ -119,13 +120,19 @@ pub(super) fn build(
         holds: Vec::new(),
         caps: Vec::new(),
         restore: Some(RestoreStage::Building),
+        joint: request.joint.as_ref().map(|(_, joint)| joint.clone()),
     };
     let mut journal = register.enter(record)?;
     start_guard(&request.program, &journal)?;
 
     progress.building(&names);
     let mut builders = Builders::new(&request.program, BUILDER_END_MAX);
-    let built = builders.build(&mut journal, members, (said, heard), progress);
+    let mut built = builders.build(&mut journal, members, (said, heard), progress);
+    if built.is_ok() && request.joint.is_some() {
+        // From here on others may be told to let theirs run.
+        let noted = journal.update(|record| record.restore = Some(RestoreStage::Built));
+        built = noted.map_err(Error::from);
+    }
     let built_all = Built {
         program: request.program.clone(),
         journal,
@@ -144,6 +151,16 @@ pub(super) fn build(
 }
 
 impl Built {
+    /// Goes on with what a daemon before this one has built.
+    pub(super) fn resume(program: &Program, journal: Journal) -> Self {
+        let domains = journal.record().domains.iter();
+        Self {
+            program: program.clone(),
+            names: domains.map(|domain| domain.name.clone()).collect(),
+            journal,
+        }
+    }
+
     /// Sets all running; or leaves them `paused`, as their owner wants to have
     /// them.
     pub(super) fn release(mut self, paused: bool) -> Result<(), Error> {
@@ -492,6 +509,7 @@ mod tests {
                 holds: Vec::new(),
                 caps: Vec::new(),
                 restore: Some(RestoreStage::Building),
+                joint: None,
             };
             Ok(Self {
                 journal: Register::open(dir.path())?.enter(record)?,

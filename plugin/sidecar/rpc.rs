@@ -27,10 +27,10 @@ use super::wire::{News, Order};
 use crate::cut::PROTOCOL;
 use crate::image::{Name, SnapshotId};
 
-/// Longest line: a manifest or the facts of some thousand members.
-const LINE_BYTES_MAX: usize = 16 << 20;
+/// Longest line: a manifest of some two thousand members.
+const LINE_BYTES_MAX: usize = 4 << 20;
 /// Calls that one connection may have under way; more wait unread.
-const CALLS_MAX: usize = 64;
+const CALLS_MAX: usize = 16;
 /// How long answering a call may take, its way out included.
 const ANSWER_MAX: Duration = Duration::from_secs(60);
 /// How long a caller waits. That the other side is gone is known earlier.
@@ -126,8 +126,11 @@ pub enum RestoreStage {
 pub enum RestoreOutcome {
     /// It goes on.
     Open,
-    /// All members run: set yours running.
-    Released,
+    /// All is built everywhere: set yours running, or leave them paused.
+    Released {
+        /// Which of the two.
+        paused: bool,
+    },
     /// Nothing comes of it.
     Unknown,
 }
@@ -216,19 +219,6 @@ pub struct Watched {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct JobId(pub u64);
 
-/// What is being done.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Activity {
-    /// `take` or `restore`.
-    pub what: String,
-    /// The VNE.
-    pub vne: String,
-    /// The host that leads it.
-    pub leader: String,
-    /// The members on this host.
-    pub members: Vec<String>,
-}
-
 /// A part of a snapshot that waits to hear whether that exists.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InDoubt {
@@ -245,8 +235,10 @@ pub struct PeerTest {
     pub name: Name,
     /// Where it was looked for.
     pub address: String,
-    /// Its vned's version, or why it can't be worked with.
-    pub result: Result<String, String>,
+    /// Its vned's version, if it can be worked with.
+    pub version: Option<String>,
+    /// Why it can't.
+    pub error: Option<String>,
     /// How long a call takes, in ns.
     pub round_trip_ns: u64,
 }

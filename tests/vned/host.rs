@@ -229,7 +229,11 @@ impl Host {
     pub fn tries(&self, peer: &Host) -> Fallible<Result<String, String>> {
         let tests: Vec<PeerTest> = self.admin()?.test_peers(Some(&peer.name))?;
         let test = tests.into_iter().next();
-        Ok(test.ok_or("there is no such peer")?.result)
+        let test = test.ok_or("there is no such peer")?;
+        Ok(match (test.version, test.error) {
+            (Some(version), None) => Ok(version),
+            (_, why) => Err(why.unwrap_or_default()),
+        })
     }
 
     pub fn log(&self) -> String {

@@ -126,14 +126,26 @@ impl AdminServer for Admin {
                 )));
             }
         }
-        for remote in &remotes {
-            let asked = snapshot.clone();
-            let removed = remote.call(|client| async move { client.remove(asked).await });
-            removed
-                .await
-                .map_err(|why| refusal(format!("{}: {why}", remote.peer.name)))?;
+        let calls: Vec<_> = remotes
+            .into_iter()
+            .map(|remote| {
+                let asked = snapshot.clone();
+                tokio::spawn(async move {
+                    let removed = remote.call(|client| async move { client.remove(asked).await });
+                    let name = &remote.peer.name;
+                    removed.await.map_err(|why| format!("{name}: {why}"))
+                })
+            })
+            .collect();
+        let mut result = Ok(());
+        for call in calls {
+            match call.await {
+                Ok(Ok(_)) => {}
+                Ok(Err(why)) => result = Err(refusal(why)),
+                Err(error) => result = Err(refusal(error.to_string())),
+            }
         }
-        Ok(())
+        result
     }
 
     async fn status(&self) -> RpcResult<DaemonStatus> {
@@ -176,7 +188,8 @@ async fn test(remote: Arc<Remote>, here: Name) -> PeerTest {
     PeerTest {
         name: remote.peer.name.clone(),
         address: remote.peer.address.clone(),
-        result: greeted.map(|hello| hello.version),
+        error: greeted.as_ref().err().cloned(),
+        version: greeted.ok().map(|hello| hello.version),
         round_trip_ns: u64::try_from(round_trip.as_nanos()).unwrap_or(u64::MAX),
     }
 }

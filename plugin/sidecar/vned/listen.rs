@@ -29,7 +29,7 @@ const HANDSHAKES_EACH_MAX: usize = 8;
 const HANDSHAKES_MAX: usize = 256;
 /// Connections that one peer may have: the old ones of a host that lost power
 /// end by themselves after a while.
-const CONNECTIONS_EACH_MAX: usize = 16;
+const CONNECTIONS_EACH_MAX: usize = 8;
 /// When the port can't be had.
 const RETRY: Duration = Duration::from_secs(5);
 /// Lines about strangers, at most one in so long.

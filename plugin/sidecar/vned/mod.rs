@@ -213,9 +213,8 @@ impl Daemon {
         let mut remotes = Remotes::new();
         if let Some(identity) = &identity {
             for peer in &conf.peers {
-                let known = self
-                    .remote(&peer.name)
-                    .filter(|remote| remote.is(peer, &conf.name, identity));
+                let known = self.remote(&peer.name);
+                let known = known.filter(|remote| remote.is(peer, &conf.name, identity));
                 let remote = known.unwrap_or_else(|| {
                     let (here, identity) = (conf.name.clone(), identity.clone());
                     Remote::new(peer.clone(), here, identity, self.runtime.clone())
@@ -280,6 +279,7 @@ pub fn run(options: &Options) -> Result<(), Error> {
     let setup = daemon.make_setup(conf)?;
     *daemon.setup.write().unwrap_or_else(PoisonError::into_inner) = setup;
     daemon.resume_in_doubt(&described.stores);
+    daemon.resume_built(&register)?;
     let result = runtime.block_on(serve(&daemon));
     daemon.stop();
     runtime.shutdown_timeout(Duration::from_secs(1));

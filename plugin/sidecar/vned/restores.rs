@@ -5,23 +5,25 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
+use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::super::error::Error;
+use super::super::journal::{self, Joint, Register};
 use super::super::peers::Remote;
-use super::super::restore::{self, build, RestoreRequest};
+use super::super::restore::{self, build, Built, RestoreRequest};
 use super::super::rpc::{
     JobDone, JobId, JobTold, PeerClient, RestoreOutcome, RestoreStage, RestoreState, SnapshotRef,
     Ticket,
 };
 use super::jobs::Job;
 use super::{lock, Daemon};
-use crate::image::{Manifest, Name, Store};
+use crate::image::{Manifest, Name, Snapshot, Store};
 use crate::sentence::sentence;
 
 /// How long a host builds on without being asked how far it is, and a leader
@@ -58,6 +60,7 @@ impl Side {
         lock(&self.state).stage.clone()
     }
 
+    /// Where it stands from now on.
     fn set(&self, stage: RestoreStage) {
         lock(&self.state).stage = stage;
     }
@@ -89,6 +92,9 @@ impl restore::Progress for Arc<Side> {
     fn released(&mut self) {}
 }
 
+/// A side, and what it's told.
+type Entered = (Arc<Side>, mpsc::Receiver<SideOrder>);
+
 /// All restores that go on.
 #[derive(Default)]
 pub(super) struct Restores {
@@ -99,13 +105,17 @@ pub(super) struct Restores {
 impl Restores {
     /// Whether nothing goes on.
     pub fn is_empty(&self) -> bool {
-        lock(&self.sides).values().all(|side| side.is_over())
+        let ended = |side: &Arc<Side>| side.stage() != RestoreStage::Building;
+        lock(&self.leading).is_empty() && lock(&self.sides).values().all(ended)
     }
 
-    /// Gives up what isn't decided.
+    /// Gives up what isn't built. What is may have been decided: that's for the
+    /// next daemon, or the guard.
     pub fn stop_all(&self) {
         for side in lock(&self.sides).values() {
-            side.discard();
+            if side.stage() == RestoreStage::Building {
+                side.discard();
+            }
         }
     }
 
@@ -155,8 +165,8 @@ impl Daemon {
         };
         match outcome {
             Ok(RestoreOutcome::Open) => side.heard(),
-            Ok(RestoreOutcome::Released) => {
-                let _ = lock(&side.orders).send(SideOrder::Release { paused: false });
+            Ok(RestoreOutcome::Released { paused }) => {
+                let _ = lock(&side.orders).send(SideOrder::Release { paused });
             }
             Ok(RestoreOutcome::Unknown) => side.discard(),
             // Paused domains harm nobody: asked again soon.
@@ -173,67 +183,127 @@ impl Daemon {
         ticket: Ticket,
         snapshot: &SnapshotRef,
     ) -> Result<(), Error> {
-        let store = self.store(&snapshot.vne)?;
-        self.build_from(leader, ticket, snapshot, store)
+        let not_for = || Error::Failed(self.not_for(leader, &snapshot.vne));
+        let described = self.vne(&snapshot.vne)?.ok_or_else(not_for)?;
+        let opened = Store::open(&described.store)?
+            .catalogue()
+            .get(&snapshot.vne, &snapshot.id)?;
+        let manifest = opened.manifest();
+        if !manifest.hosts.contains(leader) {
+            return Err(Error::Failed(format!(
+                "'{leader}' has no part of {snapshot}"
+            )));
+        }
+        let here = self.here();
+        let known = |name: &Name| {
+            let mut members = described.members.iter();
+            members.any(|member| member.host == here && member.name == *name)
+        };
+        if let Some(member) = manifest.members_here().find(|member| !known(&member.name)) {
+            return Err(Error::Failed(format!(
+                "'{}' is no member of VNE '{}' on host '{here}' by the description there any more",
+                member.name, snapshot.vne
+            )));
+        }
+        self.build_from(leader, ticket, opened, described.store)
     }
 
     fn build_from(
         self: &Arc<Self>,
         leader: &Name,
         ticket: Ticket,
-        snapshot: &SnapshotRef,
+        opened: Snapshot,
         store: PathBuf,
     ) -> Result<(), Error> {
-        let opened = Store::open(&store)?
-            .catalogue()
-            .get(&snapshot.vne, &snapshot.id)?;
-        let mut sides = lock(&self.restores.sides);
-        if sides.contains_key(&ticket) {
+        self.not_stopping()?;
+        let (said, heard) = mpsc::channel();
+        let Some((side, orders)) =
+            self.enter_restore(leader, &ticket, said.clone(), RestoreStage::Building)?
+        else {
             return Ok(());
+        };
+        let joint = Joint {
+            ticket: ticket.0.to_string(),
+            led_here: *leader == self.here(),
+        };
+        let request = RestoreRequest {
+            store,
+            run_dir: self.run_dir.clone(),
+            program: self.program.clone(),
+            joint: Some((leader.clone(), joint)),
+            paused: false,
+        };
+        std::thread::spawn(move || {
+            let built = build(&request, &opened, (said, heard), &mut Arc::clone(&side));
+            side.set(match built {
+                Err(error) => RestoreStage::Gone(Some(sentence(&error))),
+                Ok(built) => {
+                    side.set(RestoreStage::Built);
+                    finish(built, &orders)
+                }
+            });
+        });
+        Ok(())
+    }
+
+    /// A side that nobody has entered yet.
+    fn enter_restore(
+        &self,
+        leader: &Name,
+        ticket: &Ticket,
+        interrupt: Sender<restore::Heard>,
+        stage: RestoreStage,
+    ) -> Result<Option<Entered>, Error> {
+        let mut sides = lock(&self.restores.sides);
+        if sides.contains_key(ticket) {
+            return Ok(None);
         }
         if sides.values().filter(|side| !side.is_over()).count() >= SIDES_MAX {
             return Err(Error::Failed(String::from("too many restores at a time")));
         }
-        let (said, heard) = mpsc::channel();
         let (to, orders) = mpsc::channel();
         let side = Arc::new(Side {
             leader: leader.clone(),
             state: Mutex::new(RestoreState {
                 built: Vec::new(),
-                stage: RestoreStage::Building,
+                stage,
             }),
             heard: Mutex::new(Instant::now()),
-            interrupt: Mutex::new(said.clone()),
+            interrupt: Mutex::new(interrupt),
             orders: Mutex::new(to),
         });
-        sides.insert(ticket, Arc::clone(&side));
-        drop(sides);
-        let request = RestoreRequest {
-            store,
-            run_dir: self.run_dir.clone(),
-            program: self.program.clone(),
-            leader: Some(leader.clone()),
-            paused: false,
-        };
-        std::thread::spawn(move || {
-            let stage = match build(&request, &opened, (said, heard), &mut Arc::clone(&side)) {
-                Err(error) => RestoreStage::Gone(Some(sentence(&error))),
-                Ok(built) => {
-                    side.set(RestoreStage::Built);
-                    match orders.recv() {
-                        Ok(SideOrder::Release { paused }) => match built.release(paused) {
-                            Ok(()) => RestoreStage::Released,
-                            Err(error) => RestoreStage::Gone(Some(sentence(&error))),
-                        },
-                        Ok(SideOrder::Discard) | Err(_) => {
-                            built.discard();
-                            RestoreStage::Gone(None)
-                        }
-                    }
-                }
+        sides.insert(ticket.clone(), Arc::clone(&side));
+        Ok(Some((side, orders)))
+    }
+
+    /// Goes on with what daemons before this one had built for other hosts.
+    pub(super) fn resume_built(self: &Arc<Self>, register: &Register) -> Result<(), Error> {
+        let mut waiting = Vec::new();
+        register.sweep(|orphan| {
+            if orphan.record.restore == Some(journal::RestoreStage::Built) {
+                waiting.push(orphan.resume());
+            }
+        })?;
+        for journal in waiting {
+            let record = journal.record();
+            let leader = record
+                .leader
+                .as_deref()
+                .and_then(|name| Name::new(name).ok());
+            let ticket = record.joint.as_ref();
+            let ticket = ticket.and_then(|joint| Name::new(&joint.ticket).ok());
+            let (Some(leader), Some(ticket)) = (leader, ticket) else {
+                continue;
             };
-            side.set(stage);
-        });
+            let (said, _) = mpsc::channel();
+            let built = RestoreStage::Built;
+            if let Some((side, orders)) =
+                self.enter_restore(&leader, &Ticket(ticket), said, built)?
+            {
+                let built = Built::resume(&self.program, journal);
+                std::thread::spawn(move || side.set(finish(built, &orders)));
+            }
+        }
         Ok(())
     }
 
@@ -268,21 +338,14 @@ impl Daemon {
 
     /// How a restore that this host leads was decided.
     pub(super) fn restore_outcome(&self, _peer: &Name, ticket: &Ticket) -> RestoreOutcome {
-        if self.decision(ticket).exists() {
-            RestoreOutcome::Released
+        let root = self.run_dir.join("vne");
+        if let Some(paused) = journal::decided_paused(&root, ticket.0.as_str()) {
+            RestoreOutcome::Released { paused }
         } else if lock(&self.restores.leading).contains(ticket) {
             RestoreOutcome::Open
         } else {
             RestoreOutcome::Unknown
         }
-    }
-
-    /// Is there from the decision on, until all hosts have heard of it. After a
-    /// restart of this host nothing is left that it could be about.
-    fn decision(&self, ticket: &Ticket) -> PathBuf {
-        self.run_dir
-            .join("vne")
-            .join(format!("released-{}", ticket.0))
     }
 
     // Leading.
@@ -317,6 +380,20 @@ impl Daemon {
     }
 }
 
+/// Waits for how it was decided.
+fn finish(built: Built, orders: &mpsc::Receiver<SideOrder>) -> RestoreStage {
+    match orders.recv() {
+        Ok(SideOrder::Release { paused }) => match built.release(paused) {
+            Ok(()) => RestoreStage::Released,
+            Err(error) => RestoreStage::Gone(Some(sentence(&error))),
+        },
+        Ok(SideOrder::Discard) | Err(_) => {
+            built.discard();
+            RestoreStage::Gone(None)
+        }
+    }
+}
+
 struct LeadRestore<'a> {
     daemon: &'a Arc<Daemon>,
     snapshot: &'a SnapshotRef,
@@ -344,7 +421,8 @@ impl LeadRestore<'_> {
         let number = crate::random::number().map_err(Error::start("get a random number"))?;
         let ticket = Ticket(Name::new(&format!("{number:016x}"))?);
         lock(&self.daemon.restores.leading).insert(ticket.clone());
-        let result = self.build(&mut parties, &ticket, store, opened.manifest());
+        let manifest = opened.manifest().clone();
+        let result = self.build(&mut parties, &ticket, store, opened, &manifest);
         let result = match result {
             Ok(()) => self.release(&mut parties, &ticket),
             Err(error) => {
@@ -384,8 +462,10 @@ impl LeadRestore<'_> {
         parties: &mut [Party],
         ticket: &Ticket,
         store: PathBuf,
+        opened: Snapshot,
         manifest: &Manifest,
     ) -> Result<(), Error> {
+        let mut opened = Some(opened);
         let names = manifest.members.iter();
         let names = names.map(|member| format!("{}:{}", member.host, member.name));
         self.job.tell(JobTold::Building(names.collect()));
@@ -394,9 +474,11 @@ impl LeadRestore<'_> {
             let (ticket, snapshot) = (ticket.clone(), self.snapshot.clone());
             match &party.remote {
                 None => {
-                    let here = self.daemon.here();
-                    self.daemon
-                        .build_from(&here, ticket, &snapshot, store.clone())?;
+                    if let Some(opened) = opened.take() {
+                        let here = self.daemon.here();
+                        self.daemon
+                            .build_from(&here, ticket, opened, store.clone())?;
+                    }
                 }
                 Some(remote) => self
                     .call(remote, |client| async move {
@@ -457,13 +539,10 @@ impl LeadRestore<'_> {
 
     /// All members run from here on, on each host as soon as it hears so.
     fn release(&self, parties: &mut [Party], ticket: &Ticket) -> Result<(), Error> {
-        let decision = self.daemon.decision(ticket);
-        let made = File::options()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&decision);
-        if let Err(error) = made {
+        // There from the decision on, until all hosts have heard of it. After a
+        // restart of this host nothing is left that it could be about.
+        let decision = journal::decision(&self.daemon.run_dir.join("vne"), ticket.0.as_str());
+        if let Err(error) = write_decision(&decision, self.paused) {
             self.give_up(parties, ticket);
             return Err(Error::Failed(format!("{}: {error}", decision.display())));
         }
@@ -567,6 +646,19 @@ impl LeadRestore<'_> {
     {
         self.daemon.runtime.block_on(remote.call(call))
     }
+}
+
+/// In one step: half of it must not be found.
+fn write_decision(path: &Path, paused: bool) -> std::io::Result<()> {
+    let aside = path.with_extension("new");
+    let mut file = File::options()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&aside)?;
+    file.write_all(if paused { b"paused\n" } else { b"running\n" })?;
+    std::fs::rename(&aside, path)
 }
 
 impl Party {

@@ -1,6 +1,7 @@
 //! What peers may ask. Every call says which VNE it's about, or is about
 //! something that did; and is looked at by who asks.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 
 use jsonrpsee::core::{async_trait, RpcResult};
@@ -21,6 +22,8 @@ pub(super) struct Service {
     daemon: Arc<Daemon>,
     peer: Name,
     fingerprint: Fingerprint,
+    /// It has said which versions it speaks.
+    greeted: AtomicBool,
 }
 
 impl Service {
@@ -30,12 +33,16 @@ impl Service {
             daemon: Arc::clone(daemon),
             peer: peer.clone(),
             fingerprint,
+            greeted: AtomicBool::new(false),
         };
         service.into_rpc().into()
     }
 
-    /// Refuses a peer that was removed a moment ago.
+    /// Refuses a peer that was removed a moment ago, or hasn't said who it is.
     fn still_a_peer(&self) -> RpcResult<()> {
+        if !self.greeted.load(Ordering::Relaxed) {
+            return Err(refusal("the first call of a connection is peer_hello"));
+        }
         let still = self.daemon.setup(|setup| {
             let peer = setup.conf.peer_by(&self.fingerprint);
             peer.is_some_and(|peer| peer.name == self.peer)
@@ -89,12 +96,13 @@ impl Daemon {
 #[async_trait]
 impl PeerServer for Service {
     async fn hello(&self, hello: Hello) -> RpcResult<Hello> {
-        self.still_a_peer()?;
         let here = Hello::of(self.daemon.here());
         hello.check(&self.peer).map_err(|why| {
             log::warn!("peer '{}': {why}", self.peer);
             refusal(why)
         })?;
+        self.greeted.store(true, Ordering::Relaxed);
+        self.still_a_peer()?;
         Ok(here)
     }
 
@@ -156,7 +164,7 @@ impl PeerServer for Service {
 
     async fn remove(&self, snapshot: SnapshotRef) -> RpcResult<bool> {
         self.may(&snapshot.vne)?;
-        self.apart(move |daemon, _| daemon.remove_here(&snapshot))
+        self.apart(move |daemon, peer| daemon.remove_for(peer, &snapshot))
             .await
     }
 }

@@ -23,8 +23,8 @@ use crate::cut::{self, unattended, Host, HostAction, HostInput, HostLimits, Repl
 use crate::image::{self, Manifest, Name, Store};
 use crate::sentence::sentence;
 
-/// Sides that this host may have at a time.
-const SIDES_MAX: usize = 64;
+/// Sides that this host may have at a time for one leader.
+const SIDES_MAX: usize = 16;
 /// Members on this host in one take.
 const MEMBERS_MAX: usize = 4096;
 /// What a peer may ask for at most: longer than any of ours, in ns.
@@ -48,7 +48,9 @@ struct Leading {
 /// This host's side of a take.
 struct Side {
     leader: Name,
+    snapshot: SnapshotRef,
     link: HereLink,
+    in_doubt: Arc<AtomicBool>,
 }
 
 /// A part that waits for its outcome after a restart.
@@ -63,6 +65,8 @@ struct Doubt {
 pub(super) struct Takes {
     leading: Mutex<HashMap<TakeId, Leading>>,
     sides: Mutex<HashMap<TakeId, Side>>,
+    /// Those that are being started.
+    starting: Mutex<HashSet<TakeId>>,
     doubts: Mutex<HashMap<TakeId, Doubt>>,
     stopping: AtomicBool,
 }
@@ -86,12 +90,24 @@ impl Takes {
 
     /// Parts whose outcome isn't known.
     pub fn in_doubt(&self) -> Vec<InDoubt> {
-        let doubts = lock(&self.doubts);
-        let doubt = |doubt: &Doubt| InDoubt {
-            snapshot: doubt.snapshot.to_string(),
-            leader: doubt.leader.to_string(),
+        let in_doubt = |snapshot: &SnapshotRef, leader: &Name| InDoubt {
+            snapshot: snapshot.to_string(),
+            leader: leader.to_string(),
         };
-        doubts.values().map(doubt).collect()
+        let sides = lock(&self.sides);
+        let sides = sides
+            .values()
+            .filter(|side| side.in_doubt.load(Ordering::Relaxed));
+        let mut all: Vec<_> = sides
+            .map(|side| in_doubt(&side.snapshot, &side.leader))
+            .collect();
+        let doubts = lock(&self.doubts);
+        all.extend(
+            doubts
+                .values()
+                .map(|doubt| in_doubt(&doubt.snapshot, &doubt.leader)),
+        );
+        all
     }
 }
 
@@ -205,10 +221,8 @@ impl Daemon {
         hosts: &[Name],
         to: &Sender<lead::Heard>,
     ) -> Result<impl Drop, Error> {
+        self.not_stopping()?;
         let mut leading = lock(&self.takes.leading);
-        if self.takes.stopping.load(Ordering::Relaxed) {
-            return Err(Error::Failed(String::from("vned is being stopped")));
-        }
         if let Some(other) = leading.values().find(|other| other.vne == request.vne) {
             return Err(Error::Failed(format!(
                 "a take of VNE '{}' has been running for {} s, led by this host",
@@ -252,7 +266,15 @@ impl Daemon {
             return Ok(());
         };
         let committed = match attached {
-            Attached::Part { vne, id, .. } if self.may(peer, &vne) => {
+            Attached::Part { vne, id, .. } => {
+                if !self.may(peer, &vne) {
+                    // It isn't told, and presumes nothing: the admin may list it
+                    // again.
+                    log::warn!(
+                        "peer '{peer}' asks for the outcome of {vne}@{id}, and isn't listed"
+                    );
+                    return Ok(());
+                }
                 self.listed(&SnapshotRef { vne, id }, message.take, Some(peer))?
             }
             _ => None,
@@ -277,7 +299,9 @@ impl Daemon {
         take: TakeId,
         host: Option<&Name>,
     ) -> Result<Option<Manifest>, Error> {
-        let store = Store::open(&self.store(&snapshot.vne)?)?;
+        // Whoever took part has made the store: one that isn't there isn't mounted,
+        // and says nothing about what exists.
+        let store = Store::open_existing(&self.store(&snapshot.vne)?)?;
         match store.catalogue().get(&snapshot.vne, &snapshot.id) {
             Ok(found) => {
                 let manifest = found.manifest();
@@ -325,6 +349,8 @@ impl Daemon {
             _ => None,
         };
         let committed = match snapshot {
+            // Here a take begins, and its name is new.
+            Some(_) if message.order == cut::Order::Prepare => false,
             Some(snapshot) if self.may(peer, &snapshot.vne) => {
                 self.listed(&snapshot, message.take, None)?.is_some()
             }
@@ -335,7 +361,7 @@ impl Daemon {
                 remote.tell(news);
             }
         };
-        if message.order == cut::Order::Prepare && !committed {
+        if message.order == cut::Order::Prepare {
             if let Some(plan) = order.plan {
                 // Fails before there is a session: said as an end of the take.
                 if let Err(error) = self.start_side(peer, message.take, *plan) {
@@ -362,37 +388,65 @@ impl Daemon {
     }
 
     fn start_side(self: &Arc<Self>, peer: &Name, take: TakeId, plan: Plan) -> Result<(), Error> {
+        // Orders are repeated while this one is being carried out.
+        if !lock(&self.takes.starting).insert(take) {
+            return Ok(());
+        }
+        let daemon = Arc::clone(self);
+        let _starting = Entered(move || {
+            lock(&daemon.takes.starting).remove(&take);
+        });
         let here = self.here();
         let described = self.vne(&plan.vne)?;
         let not_for = || Error::Failed(self.not_for(peer, &plan.vne));
         let described = described.ok_or_else(not_for)?;
         check(peer, &here, &plan, &described).map_err(Error::Failed)?;
         sweep(&self.program, &Register::open(&self.run_dir)?)?;
-        let mut sides = lock(&self.takes.sides);
-        if sides.contains_key(&take) {
+        let theirs = |sides: &HashMap<TakeId, Side>| {
+            sides.values().filter(|side| side.leader == *peer).count()
+        };
+        if theirs(&lock(&self.takes.sides)) >= SIDES_MAX {
+            return Err(Error::Failed(format!(
+                "host '{here}' takes part in {SIDES_MAX} takes of '{peer}' already"
+            )));
+        }
+        if lock(&self.takes.sides).contains_key(&take) {
             return Ok(());
         }
-        if sides.len() >= SIDES_MAX || self.takes.stopping.load(Ordering::Relaxed) {
-            return Err(Error::Failed(format!("host '{here}' takes no more now")));
-        }
-        let remote = self
-            .remote(peer)
-            .ok_or_else(|| Error::Failed(format!("'{peer}' is no peer")))?;
+        self.not_stopping()?;
+        let remote = self.remote(peer);
+        let remote = remote.ok_or_else(|| Error::Failed(format!("'{peer}' is no peer")))?;
+        let snapshot = SnapshotRef {
+            vne: plan.vne.clone(),
+            id: plan.id.clone(),
+        };
         let say = move |news| remote.tell(news);
         let started = acting::start(self.place(described.store), plan, Which::new(take)?, say)?;
-        sides.insert(
+        lock(&self.takes.sides).insert(
             take,
             Side {
                 leader: peer.clone(),
+                snapshot,
                 link: started.link,
+                in_doubt: started.in_doubt,
             },
         );
-        drop(sides);
         let daemon = Arc::clone(self);
         std::thread::spawn(move || {
             let _ = started.thread.join();
             lock(&daemon.takes.sides).remove(&take);
         });
+        Ok(())
+    }
+
+    /// Nothing is begun that would have to be given up at once.
+    pub(super) fn not_stopping(&self) -> Result<(), Error> {
+        if self.takes.stopping.load(Ordering::Relaxed) {
+            return Err(Error::Failed(format!(
+                "vned on '{}' is being stopped",
+                self.here()
+            )));
+        }
         Ok(())
     }
 
@@ -434,17 +488,22 @@ impl Daemon {
         lock(&self.takes.doubts).insert(vote.take, doubt);
         let daemon = Arc::clone(self);
         std::thread::spawn(move || {
-            match daemon.ask_until_known(&vote, &snapshot, &orders) {
-                Some(manifest) => {
-                    let here = daemon.here();
-                    let made = vote::commit(&mut part, &here, &manifest, &vote.members);
-                    match made {
-                        Ok(()) => {
-                            log::info!("{snapshot} exists");
-                            daemon.answer(&vote, Reply::Committed);
-                        }
-                        Err(error) => log::error!("{snapshot}: {}", sentence(&error)),
-                    }
+            let outcome = loop {
+                let Some(manifest) = daemon.ask_until_known(&vote, &snapshot, &orders) else {
+                    break None;
+                };
+                let here = daemon.here();
+                match vote::commit(&mut part, &here, &manifest, &vote.members) {
+                    Ok(()) => break Some(()),
+                    // A full disk may have room later.
+                    Err(error) => log::error!("{snapshot}: {}", sentence(&error)),
+                }
+                std::thread::sleep(ASK);
+            };
+            match outcome {
+                Some(()) => {
+                    log::info!("{snapshot} exists");
+                    daemon.answer(&vote, Reply::Committed);
                 }
                 None => match part.discard() {
                     Ok(()) => {
@@ -528,9 +587,16 @@ impl Daemon {
 
     // Snapshots.
 
-    /// Deletes this host's part of a snapshot. Whether there was one.
-    pub(super) fn remove_here(&self, snapshot: &SnapshotRef) -> Result<bool, Error> {
+    /// Deletes this host's part of a snapshot that a peer has one of as well.
+    /// Whether there was one.
+    pub(super) fn remove_for(&self, peer: &Name, snapshot: &SnapshotRef) -> Result<bool, Error> {
         let store = Store::open(&self.store(&snapshot.vne)?)?;
+        match store.catalogue().get(&snapshot.vne, &snapshot.id) {
+            Ok(found) if !found.manifest().hosts.contains(peer) => return Ok(false),
+            Ok(_) | Err(image::Error::Damaged { .. }) => {}
+            Err(image::Error::NoSnapshot { .. }) => return Ok(false),
+            Err(error) => return Err(error.into()),
+        }
         match store.catalogue().remove(&snapshot.vne, &snapshot.id) {
             Ok(()) => Ok(true),
             Err(image::Error::NoSnapshot { .. }) => Ok(false),
@@ -581,6 +647,11 @@ fn check(
         let mut ours = members.filter(|member| member.host == *here);
         ours.any(|member| member.name == *name)
     };
+    let numbered = plan.members.iter().enumerate();
+    let mut again = numbered.filter(|(at, name)| plan.members.iter().take(*at).any(|n| n == *name));
+    if let Some((_, name)) = again.next() {
+        return Err(format!("'{name}' is named twice"));
+    }
     if let Some(name) = plan.members.iter().find(|name| !known(name)) {
         return Err(format!(
             "'{name}' is no member of VNE '{}' on host '{here}' by the description there",
