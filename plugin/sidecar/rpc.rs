@@ -329,9 +329,7 @@ where
     while let Some(line) = lines.next().await {
         let line = line.map_err(|error| match error {
             LinesCodecError::Io(error) => error,
-            LinesCodecError::MaxLineLengthExceeded => {
-                io::Error::other("it says more than belongs into one line")
-            }
+            LinesCodecError::MaxLineLengthExceeded => io::Error::other("a line that is too long"),
         })?;
         let Ok(permit) = Arc::clone(&calls).acquire_owned().await else {
             return Ok(());

@@ -122,43 +122,44 @@ struct Gate {
 /// Listens for peers where the configuration says so, and follows it.
 pub(super) async fn peers(daemon: Arc<Daemon>) {
     let gate = Arc::new(Gate::default());
-    let mut bound: Option<(String, TcpListener)> = None;
+    let mut open: Option<(String, TcpListener)> = None;
     loop {
         let reloaded = daemon.reloaded.notified();
-        let address = daemon.setup(|setup| {
+        let wanted = daemon.setup(|setup| {
             let known = setup.identity.is_some();
             setup.conf.listen.clone().filter(|_| known)
         });
-        // Through a reload it's kept, so that nobody is turned away by one.
-        bound = bound.filter(|(at, _)| Some(at) == address.as_ref());
-        let Some(address) = address else {
+        let Some(wanted) = wanted else {
             log::info!("no peers: there is no 'listen' in vne.conf, or no identity");
+            open = None;
             reloaded.await;
             continue;
         };
-        let listener = match bound.take() {
-            Some((_, listener)) => listener,
-            None => match TcpListener::bind(&address).await {
+        if open.as_ref().is_none_or(|(address, _)| *address != wanted) {
+            // First, in case that it's another form of the same address.
+            drop(open.take());
+            match TcpListener::bind(&wanted).await {
                 Ok(listener) => {
-                    log::info!("listening for peers at {address}");
-                    listener
+                    log::info!("listening for peers at {wanted}");
+                    open = Some((wanted, listener));
                 }
                 Err(error) => {
-                    log::error!("{address}: {error}");
+                    log::error!("{wanted}: {error}");
                     let _ = timeout(RETRY, reloaded).await;
                     continue;
                 }
-            },
-        };
-        tokio::select! {
-            () = accept(&daemon, &gate, &listener, &address) => {}
-            () = reloaded => {}
+            }
         }
-        bound = Some((address, listener));
+        if let Some((address, listener)) = &open {
+            tokio::select! {
+                () = accept(&daemon, &gate, listener, address) => {}
+                () = reloaded => {}
+            }
+        }
     }
 }
 
-/// Lets peers in for as long as they are to be listened for at this address.
+/// Lets peers in.
 async fn accept(daemon: &Arc<Daemon>, gate: &Arc<Gate>, listener: &TcpListener, address: &str) {
     loop {
         let (stream, from) = match listener.accept().await {
@@ -186,6 +187,7 @@ async fn accept(daemon: &Arc<Daemon>, gate: &Arc<Gate>, listener: &TcpListener, 
     }
 }
 
+/// `Err` says why somebody wasn't let in.
 async fn let_in(
     daemon: &Arc<Daemon>,
     gate: &Arc<Gate>,
@@ -249,7 +251,7 @@ async fn let_in(
 fn tell_end(peer: &Name, ended: std::io::Result<()>) {
     use std::io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
     match ended {
-        Ok(()) => {}
+        Ok(()) => log::debug!("peer '{peer}' has hung up"),
         // As when it was killed: it comes again.
         Err(error) if matches!(error.kind(), UnexpectedEof | ConnectionReset | BrokenPipe) => {
             log::debug!("peer '{peer}' has gone: {error}");
