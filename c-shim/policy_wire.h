@@ -12,6 +12,16 @@
 /* Environment variable with the number of the inherited socket. */
 #define VNE_POLICY_FD_ENV "VNE_POLICY_FD"
 
+/*
+ * The rendezvous of a host's members, if there are several: a pipe of which
+ * every helper has inherited the write end.  Each closes it when its guest has
+ * stopped, and waits until all have, or for this long.  Else the first one's
+ * last pages would take the processors that the others' guests need to stop, and
+ * the cuts would lie apart.  A helper that dies closes it as well.
+ */
+#define VNE_RENDEZVOUS_FD_ENV "VNE_RENDEZVOUS_FD"
+#define VNE_RENDEZVOUS_MS 100
+
 enum vne_policy_kind {
     /* Between two rounds or before one: the worker answers a decision. */
     VNE_POLICY_ASK = 1,

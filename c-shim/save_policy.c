@@ -9,6 +9,8 @@
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -30,6 +32,22 @@ typedef int save_fn(xc_interface *, int, uint32_t, uint32_t,
 /* What libxl handed in; our own struct save_callbacks wraps it. */
 static struct save_callbacks *libxl_callbacks;
 static int policy_fd = -1;
+static int rendezvous_fd = -1;
+
+static int inherited(const char *env)
+{
+    const char *fd_string = getenv(env);
+    char *end;
+    long fd;
+
+    if (!fd_string)
+        return -1;
+    errno = 0;
+    fd = strtol(fd_string, &end, 10);
+    if (errno || end == fd_string || *end || fd <= 2 || fd >= 65536)
+        return -1;
+    return fd;
+}
 
 /*
  * Before main(): the preload is for this process alone, and a helper whose
@@ -37,19 +55,11 @@ static int policy_fd = -1;
  */
 __attribute__((constructor)) static void init(void)
 {
-    const char *fd_string = getenv(VNE_POLICY_FD_ENV);
-    char *end;
-    long fd;
-
     unsetenv("LD_PRELOAD");
     prctl(PR_SET_PDEATHSIG, SIGKILL);
 
-    if (!fd_string)
-        return;
-    errno = 0;
-    fd = strtol(fd_string, &end, 10);
-    if (!errno && end != fd_string && !*end && fd > 2 && fd < 65536)
-        policy_fd = fd;
+    policy_fd = inherited(VNE_POLICY_FD_ENV);
+    rendezvous_fd = inherited(VNE_RENDEZVOUS_FD_ENV);
 }
 
 static int tell(uint32_t kind, const struct precopy_stats *stats,
@@ -100,6 +110,24 @@ static int policy(struct precopy_stats stats, void *data)
     return decision;
 }
 
+static void await_others(void)
+{
+    struct pollfd others = { .events = 0 };
+    char path[32];
+
+    if (rendezvous_fd < 0)
+        return;
+    snprintf(path, sizeof(path), "/proc/self/fd/%d", rendezvous_fd);
+    others.fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+    close(rendezvous_fd);
+    rendezvous_fd = -1;
+    if (others.fd < 0)
+        return;
+    /* Nothing but the last writer's end ends this early. */
+    poll(&others, 1, VNE_RENDEZVOUS_MS);
+    close(others.fd);
+}
+
 static int suspend(void *data)
 {
     int suspended;
@@ -109,6 +137,8 @@ static int suspend(void *data)
         return 0;
     suspended = libxl_callbacks->suspend(data);
     tell(VNE_POLICY_SUSPENDED, NULL, suspended, suspended ? 0 : errno);
+    if (suspended)
+        await_others();
 
     return suspended;
 }

@@ -11,6 +11,9 @@ use rustix::net::{
 /// Environment variable with the number of the helper's end.
 pub const FD_ENV: &str = "VNE_POLICY_FD";
 
+/// Environment variable with the number of the helper's end of the rendezvous.
+pub const RENDEZVOUS_FD_ENV: &str = "VNE_RENDEZVOUS_FD";
+
 const MESSAGE_BYTES: usize = 40;
 
 /// What the pre-copy loop does next (`XGS_POLICY_*` in `xenguest.h`).

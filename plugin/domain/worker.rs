@@ -169,8 +169,13 @@ fn prepare_and_capture(
         // Called off, or a dry run: nothing was touched.
         return Ok(());
     };
-    let (socket, helper_end) = Socket::pair().map_err(|error| sentence(&error))?;
-    set_helper_environment(helpers, &helper_end);
+    let (socket, end) = Socket::pair().map_err(|error| sentence(&error))?;
+    let helper = ToHelper {
+        socket,
+        end,
+        rendezvous: take_rendezvous().map_err(|error| sentence(&error))?,
+    };
+    set_helper_environment(helpers, &helper);
     let orders = Arc::new(Orders {
         last: Mutex::new(Order::Precopy),
         changed: Condvar::new(),
@@ -182,7 +187,6 @@ fn prepare_and_capture(
     let member = Name::new(&facts.name).map_err(|error| sentence(&error))?;
     let writer =
         MemberWriter::create(&directory, &member, &options).map_err(|error| sentence(&error))?;
-    let helper = (socket, helper_end);
     let (times, writer) = capture(xl, &facts, helper, engine, &orders, policy, writer)?;
     messages::send(engine, &Event::Cut(times)).map_err(|error| sentence(&error))?;
 
@@ -211,11 +215,20 @@ fn follow_orders(mut orders_in: BufReader<UnixStream>, orders: Arc<Orders>) {
     });
 }
 
+/// The ways to the save helper.
+struct ToHelper {
+    socket: Socket,
+    /// Its end of that, to inherit.
+    end: OwnedFd,
+    /// What it meets the others by, to inherit.
+    rendezvous: Option<OwnedFd>,
+}
+
 /// Saves the domain live and sets it running again.
 fn capture(
     xl: &Xl,
     facts: &DomainFacts,
-    (socket, helper_end): (Socket, OwnedFd),
+    helper: ToHelper,
     engine: &UnixStream,
     orders: &Arc<Orders>,
     policy: PolicyConfig,
@@ -236,7 +249,7 @@ fn capture(
     let asked = Arc::new(AtomicBool::new(false));
     let asker = Asker {
         monitors: Arc::clone(&monitors),
-        socket,
+        socket: helper.socket,
         policy: Policy::new(policy),
         orders: Arc::clone(orders),
         last_pages: last_pages.clone(),
@@ -244,6 +257,7 @@ fn capture(
         times: CutTimes::default(),
         asked: Arc::clone(&asked),
         stopped: false,
+        rendezvous: helper.rendezvous,
     };
     let asker = std::thread::spawn(move || asker.serve());
 
@@ -256,7 +270,7 @@ fn capture(
 
     // Both threads end with what they read from: the stream, the helper.
     drop(stream_in);
-    drop(helper_end);
+    drop(helper.end);
     let asked = join(asker);
     let read = join(reader);
 
@@ -312,12 +326,16 @@ fn stream_pipe() -> io::Result<(OwnedFd, OwnedFd)> {
 
 /// Must come before any other thread is started: the environment is not safe
 /// to change beside them.
-fn set_helper_environment(helpers: &Helpers, helper_end: &OwnedFd) {
+fn set_helper_environment(helpers: &Helpers, helper: &ToHelper) {
     use std::os::fd::AsRawFd;
+    let number = |fd: &OwnedFd| fd.as_raw_fd().to_string();
     std::env::set_var("LIBXL_SAVE_HELPER", &helpers.save_helper);
     std::env::set_var("VNE_STOCK_SAVE_HELPER", &helpers.stock_save_helper);
     std::env::set_var("VNE_SAVE_POLICY", &helpers.save_policy);
-    std::env::set_var(policy_wire::FD_ENV, helper_end.as_raw_fd().to_string());
+    std::env::set_var(policy_wire::FD_ENV, number(&helper.end));
+    if let Some(end) = &helper.rendezvous {
+        std::env::set_var(policy_wire::RENDEZVOUS_FD_ENV, number(end));
+    }
 }
 
 fn join<T>(thread: JoinHandle<Result<T, String>>) -> Result<T, String> {
@@ -424,6 +442,23 @@ struct Asker {
     /// The guest may have been asked to suspend.
     asked: Arc<AtomicBool>,
     stopped: bool,
+    /// Where members meet at the cut, until the helper has it.
+    rendezvous: Option<OwnedFd>,
+}
+
+/// The end of the rendezvous that came as stdout, for the helper to inherit;
+/// stdout then is nobody's.
+fn take_rendezvous() -> io::Result<Option<OwnedFd>> {
+    use rustix::fs::FileType;
+    let stdout = rustix::stdio::stdout();
+    let kind = FileType::from_raw_mode(rustix::fs::fstat(stdout)?.st_mode);
+    if kind != FileType::Fifo {
+        return Ok(None);
+    }
+    let end = rustix::io::dup(stdout)?;
+    let null = std::fs::File::options().write(true).open("/dev/null")?;
+    rustix::stdio::dup2_stdout(null)?;
+    Ok(Some(end))
 }
 
 impl Asker {
@@ -439,6 +474,8 @@ impl Asker {
                     iteration,
                     dirty_pages,
                 } => {
+                    // The helper has it by now, and is the one who leaves it.
+                    self.rendezvous = None;
                     let decision = self.decide(iteration, dirty_pages, message.time_ns);
                     if decision == Decision::StopAndCopy {
                         self.asked.store(true, Ordering::Release);

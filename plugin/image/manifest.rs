@@ -53,7 +53,7 @@ pub struct Manifest {
 }
 
 /// Facts of the cut that aren't one member's.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Cut {
     /// Largest difference between two members' cut times, in ns.
     pub skew_ns: u64,
@@ -61,6 +61,9 @@ pub struct Cut {
     /// over the network.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub skew_error_ns: u64,
+    /// When each member was cut, in ns after the first one, in the order of the
+    /// members.
+    pub at_ns: Vec<u64>,
     /// From the first frame that could be held to the last one's release, in ns.
     pub hold_ns: u64,
 }
@@ -288,6 +291,7 @@ pub(crate) mod tests {
             cut: Cut {
                 skew_ns: 1,
                 skew_error_ns: 0,
+                at_ns: vec![0],
                 hold_ns: 2,
             },
             members: vec![sample_member("web-1")],

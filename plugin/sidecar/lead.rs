@@ -441,7 +441,6 @@ impl Leading<'_> {
         let request = self.lead.request;
         let first = self.parties.first().ok_or("a take without hosts")?;
         let mut members = Vec::new();
-        let mut cuts = Vec::new();
         let mut errors = Vec::new();
         for (party, link) in self.parties.iter().zip(&self.lead.links) {
             let entries = party.part.iter().map(|part| &part.entry);
@@ -458,11 +457,14 @@ impl Leading<'_> {
                 errors.push(offset.error_ns);
             }
             for (number, part) in party.members.iter().zip(&party.part) {
-                members.push((*number, part.entry.clone()));
-                cuts.push(i128::from(part.suspended_ns) - offset.ahead_ns);
+                let cut_ns = i128::from(part.suspended_ns) - offset.ahead_ns;
+                members.push((*number, part.entry.clone(), cut_ns));
             }
         }
-        members.sort_by_key(|(number, _)| *number);
+        members.sort_by_key(|(number, _, _)| *number);
+        let cuts: Vec<i128> = members.iter().map(|(_, _, cut_ns)| *cut_ns).collect();
+        let first_ns = cuts.iter().min().copied().unwrap_or_default();
+        let after = |cut_ns: &i128| u64::try_from(cut_ns - first_ns).unwrap_or(u64::MAX);
         // Two clocks can be wrong in opposite directions.
         errors.sort_unstable();
         let skew_error_ns = errors.iter().rev().take(2).sum();
@@ -490,9 +492,10 @@ impl Leading<'_> {
             cut: Cut {
                 skew_ns: skew_ns(&cuts),
                 skew_error_ns,
+                at_ns: cuts.iter().map(after).collect(),
                 hold_ns: hold_ns.unwrap_or_default(),
             },
-            members: members.into_iter().map(|(_, entry)| entry).collect(),
+            members: members.into_iter().map(|(_, entry, _)| entry).collect(),
         })
     }
 

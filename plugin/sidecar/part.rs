@@ -11,7 +11,7 @@ use super::error::Error;
 use super::journal::{Journal, JournalCap, JournalDomain, Record, Register};
 use super::vote::Vote;
 use super::wire::{Attached, PartMember, Plan};
-use super::workers::{Program, Worker};
+use super::workers::{Program, Rendezvous, Worker};
 use crate::clock::now_ns;
 use crate::cut::{HostAction, HostInput};
 use crate::domain::messages::{Command, CutTimes, Event};
@@ -123,9 +123,17 @@ impl Part {
 
     /// Starts a worker for each member, to look at it.
     pub fn start_workers(&mut self, said: &Sender<Heard>) -> Result<(), Error> {
+        let others = Rendezvous::of(self.plan.members.len());
+        let others = others.map_err(Error::start("make a pipe"))?;
         for (index, name) in self.plan.members.iter().enumerate() {
-            let worker = Worker::start(&self.place.program, index, name.as_str(), said.clone())
-                .map_err(Error::start("start a worker"))?;
+            let worker = Worker::start(
+                &self.place.program,
+                index,
+                name.as_str(),
+                others.as_ref(),
+                said.clone(),
+            )
+            .map_err(Error::start("start a worker"))?;
             self.members.push(Member {
                 worker,
                 converged: false,

@@ -64,11 +64,12 @@ pub struct Worker {
 
 impl Worker {
     /// Starts the worker for a domain; what it says goes to `heard` as from
-    /// member `index`.
+    /// member `index`. With other members on this host it meets them at the cut.
     pub fn start(
         program: &Program,
         index: usize,
         domain: &str,
+        others: Option<&Rendezvous>,
         heard: Sender<Heard>,
     ) -> std::io::Result<Self> {
         let (ours, theirs) = UnixStream::pair()?;
@@ -76,6 +77,7 @@ impl Worker {
         let child = program
             .command(&["capture", "--", domain])
             .stdin(Stdio::from(OwnedFd::from(theirs)))
+            .stdout(others.map_or_else(|| Ok(Stdio::null()), Rendezvous::stdio)?)
             .stderr(words.stdio(program)?)
             .spawn()?;
         let mut reader = BufReader::new(ours.try_clone()?);
@@ -127,6 +129,27 @@ impl Worker {
                 }
             }
         }
+    }
+}
+
+/// Where the save helpers of one host's members wait for each other, when their
+/// guests have stopped (`c-shim/policy_wire.h`). It's kept until all workers are
+/// started; then it must go, or nobody would ever be the last.
+#[derive(Debug)]
+pub struct Rendezvous(OwnedFd);
+
+impl Rendezvous {
+    /// For this many members; one alone waits for nobody.
+    pub fn of(members: usize) -> std::io::Result<Option<Self>> {
+        if members < 2 {
+            return Ok(None);
+        }
+        let (_, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+        Ok(Some(Self(write)))
+    }
+
+    fn stdio(&self) -> std::io::Result<Stdio> {
+        Ok(Stdio::from(self.0.try_clone()?))
     }
 }
 
