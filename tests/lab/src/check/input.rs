@@ -82,7 +82,7 @@ fn two_takes(vne: &Vne) -> Result<()> {
     );
     let told = vne.sh(&script)?;
     ensure!(
-        told.contains("'ring1' is being captured by a take of VNE 'lab'")
+        told.contains("'ring1' is in use by a take of VNE 'lab'")
             && told.contains("status 1")
             && told.contains("first 0"),
         "{told}"

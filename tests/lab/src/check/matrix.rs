@@ -59,16 +59,22 @@ const BACK: &[&str] = &["ingress"];
 
 fn scenarios() -> Vec<(Fault, &'static str)> {
     let mut all = Vec::new();
-    for (host, process) in [(0, "vned"), (1, "vned"), (0, "command")] {
+    for host in [0, 1] {
+        let process = "vned";
         all.extend(PHASES.map(|phase| (Fault::Kill { host, process }, phase)));
     }
-    for host in [0, 1] {
-        let process = "worker";
-        all.extend(["precopy", "cut"].map(|phase| (Fault::Kill { host, process }, phase)));
+    for (host, process) in [(0, "command"), (0, "worker"), (1, "worker")] {
+        all.push((Fault::Kill { host, process }, "cut"));
     }
-    for ways in [BOTH, THERE, BACK] {
-        all.push((Fault::Cut(ways), "now"));
-        all.extend(PHASES.map(|phase| (Fault::Cut(ways), phase)));
+    all.push((Fault::Cut(BOTH), "now"));
+    all.extend(PHASES.map(|phase| (Fault::Cut(BOTH), phase)));
+    for (ways, phase) in [
+        (THERE, "hold"),
+        (THERE, "finalise"),
+        (BACK, "precopy"),
+        (BACK, "cut"),
+    ] {
+        all.push((Fault::Cut(ways), phase));
     }
     all.push((Fault::Power { host: 1 }, "cut"));
     all.push((Fault::Power { host: 0 }, "cut"));
@@ -96,8 +102,8 @@ impl Fault {
             Self::Kill { host, process } => {
                 let line = match *process {
                     "vned" => "pkill -9 -x vned",
-                    "worker" => "kill -9 $(pgrep -f 'vne-worker capture' | head -n 1)",
-                    _ => "pkill -9 -f 'vne-snapshot take'",
+                    "worker" => "kill -9 $(pgrep -f '[v]ne-worker capture' | head -n 1)",
+                    _ => "pkill -9 -f '^[^ ]*/xl vne-snapshot take'",
                 };
                 (*host, line.to_owned(), String::new())
             }
@@ -135,7 +141,8 @@ pub fn all(vne: &Vne) -> Result<String> {
         let row = match one(vne, *fault, phase) {
             Ok(row) => row,
             Err(error) => {
-                bad.push(format!("{name}: {error:#}\n{}", vne.state_for_humans()));
+                println!("  {name}: {error:#}\n{}", vne.state_for_humans());
+                bad.push(format!("{name}: {error:#}"));
                 repair(vne, *fault)?;
                 String::from("**failed** | | |")
             }
