@@ -10,7 +10,7 @@ use rustix::fs::statvfs;
 use super::catalogue::Catalogue;
 use super::error::Error;
 use super::files::{self, Lock};
-use super::manifest::{Cut, Manifest, Member, FORMAT, MANIFEST_NAME};
+use super::manifest::{Cut, Manifest, Member, FORMAT, MANIFEST_BYTES_MAX, MANIFEST_NAME};
 use super::name::{Name, SnapshotId};
 use super::Result;
 use crate::stream::CONFIG_BYTES_MAX;
@@ -32,8 +32,8 @@ const REMOVED_PREFIX: &str = "removed.";
 
 /// Says that a part waits for the outcome.
 const VOTE_NAME: &str = "vote.json";
-/// A vote is some hundred bytes.
-const VOTE_BYTES_MAX: u64 = 64 << 10;
+/// A vote says of each member what the manifest will.
+const VOTE_BYTES_MAX: u64 = MANIFEST_BYTES_MAX;
 
 /// Snapshots of one VNE that begin in the same second, at most.
 const SAME_SECOND_MAX: u32 = 1000;
@@ -243,8 +243,14 @@ impl Store {
                 Err(error) => return Err(error),
             }
             let vote = match files::read_file(&dir.join(VOTE_NAME), VOTE_BYTES_MAX) {
-                Err(error) if is_not_found(&error) => continue,
-                read => read?,
+                Ok(vote) => vote,
+                Err(error) => {
+                    if !is_not_found(&error) {
+                        // One that can't be read keeps no other from going on.
+                        log::error!("{error}");
+                    }
+                    continue;
+                }
             };
             let Some(lock) = files::try_lock_dir(&dir, Lock::Shared)? else {
                 continue;
@@ -424,6 +430,10 @@ impl Take {
     ///
     /// [`Error::Io`]. It doesn't stay then.
     pub fn vote(&mut self, vote: &[u8]) -> Result<()> {
+        if vote.len() as u64 > VOTE_BYTES_MAX {
+            let problem = format!("it is longer than {VOTE_BYTES_MAX} bytes");
+            return Err(Error::unstorable("the vote", problem));
+        }
         files::sync_dir(&self.dir.join(MEMBERS_NAME))?;
         files::write_file(&self.dir.join(VOTE_NAME), VOTE_NAME, vote)?;
         files::sync_dir(&self.dir)?;

@@ -22,6 +22,9 @@ use crate::image::{Cut, Manifest, Name, SnapshotId, FORMAT};
 /// for. They learn it by themselves as soon as they can, in ns.
 const CONFIRM_NS: u64 = 10_000_000_000;
 
+/// Members of a take: its manifest has to fit into one message to each host.
+const MEMBERS_MAX: usize = 2048;
+
 /// One member of a VNE.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemberName {
@@ -62,6 +65,12 @@ impl TakeRequest {
     pub fn check(&self) -> Result<(), Error> {
         if self.members.is_empty() {
             return Err(Error::NoMembers(self.vne.to_string()));
+        }
+        if self.members.len() > MEMBERS_MAX {
+            return Err(Error::Failed(format!(
+                "VNE '{}' has more than {MEMBERS_MAX} members",
+                self.vne
+            )));
         }
         for (at, member) in self.members.iter().enumerate() {
             let before = self.members.iter().take(at);

@@ -361,7 +361,7 @@ impl Part {
             };
             let cap = match member.cap {
                 Some((_, since)) if since.elapsed() < CAP_INTERVAL => continue,
-                Some((cap, _)) => (cap / 2).max(CAP_LAST * facts.vcpus),
+                Some((cap, _)) => cap.min((cap / 2).max(CAP_LAST * facts.vcpus)),
                 None if before > 0 => before.min(CAP_FIRST * facts.vcpus),
                 None => CAP_FIRST * facts.vcpus,
             };

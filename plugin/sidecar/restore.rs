@@ -152,13 +152,14 @@ pub(super) fn build(
 
 impl Built {
     /// Goes on with what a daemon before this one has built.
-    pub(super) fn resume(program: &Program, journal: Journal) -> Self {
+    pub(super) fn resume(program: &Program, journal: Journal) -> Result<Self, Error> {
+        start_guard(program, &journal)?;
         let domains = journal.record().domains.iter();
-        Self {
+        Ok(Self {
             program: program.clone(),
             names: domains.map(|domain| domain.name.clone()).collect(),
             journal,
-        }
+        })
     }
 
     /// Sets all running; or leaves them `paused`, as their owner wants to have
@@ -182,7 +183,15 @@ impl Built {
     }
 
     /// Destroys them. What can't be is left to the guard, with the journal.
-    pub(super) fn discard(self) {
+    pub(super) fn discard(mut self) {
+        // Whoever goes on with it from here on has nothing to ask.
+        let building = RestoreStage::Building;
+        if let Err(error) = self
+            .journal
+            .update(|record| record.restore = Some(building))
+        {
+            log::error!("{}", sentence(&error));
+        }
         if discard(&self.program, &self.journal.record().domains) {
             if let Err(error) = self.journal.close() {
                 log::error!("{}", sentence(&error));

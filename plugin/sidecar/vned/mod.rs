@@ -51,6 +51,8 @@ const LOCK: &str = "vned.lock";
 const DESCRIPTION_BYTES_MAX: u64 = 64 << 20;
 /// How long a VNE's description is believed.
 const DESCRIPTION_AGE_MAX: Duration = Duration::from_secs(1);
+/// Between two looks for what others have to decide.
+const RESUME_INTERVAL: Duration = Duration::from_secs(60);
 /// How long takes and restores may need to end when the daemon is stopped.
 const STOP_MAX: Duration = Duration::from_secs(40);
 
@@ -278,8 +280,6 @@ pub fn run(options: &Options) -> Result<(), Error> {
     });
     let setup = daemon.make_setup(conf)?;
     *daemon.setup.write().unwrap_or_else(PoisonError::into_inner) = setup;
-    daemon.resume_in_doubt(&described.stores);
-    daemon.resume_built(&register)?;
     let result = runtime.block_on(serve(&daemon));
     daemon.stop();
     runtime.shutdown_timeout(Duration::from_secs(1));
@@ -296,6 +296,7 @@ async fn serve(daemon: &Arc<Daemon>) -> Result<(), Error> {
     let _admin = tokio::spawn(admin::serve(Arc::clone(daemon), commands));
     let _peers = tokio::spawn(listen::peers(Arc::clone(daemon)));
     let _leases = tokio::spawn(restores::leases(Arc::clone(daemon)));
+    let _resuming = tokio::spawn(resume(Arc::clone(daemon)));
     log::info!("ready");
     let [Ok(term), Ok(int)] = &mut ends else {
         return Err(Error::Failed(String::from("cannot watch for signals")));
@@ -318,6 +319,24 @@ async fn serve(daemon: &Arc<Daemon>) -> Result<(), Error> {
     // Best effort: the next one replaces it.
     let _ = std::fs::remove_file(&socket);
     Ok(())
+}
+
+/// Goes on with what daemons before this one have left to be decided by others;
+/// and again after a while, since a store may be mounted later, and a guard may
+/// still have been at work.
+async fn resume(daemon: Arc<Daemon>) {
+    loop {
+        let resuming = Arc::clone(&daemon);
+        let resumed = tokio::task::spawn_blocking(move || {
+            let described = describe(&resuming.program, None)?;
+            resuming.resume_in_doubt(&described.stores);
+            resuming.resume_built(&Register::open(&resuming.run_dir)?)
+        });
+        if let Ok(Err(error)) = resumed.await {
+            log::error!("{}", sentence(&error));
+        }
+        tokio::time::sleep(RESUME_INTERVAL).await;
+    }
 }
 
 impl Daemon {

@@ -300,7 +300,7 @@ impl Daemon {
             if let Some((side, orders)) =
                 self.enter_restore(&leader, &Ticket(ticket), said, built)?
             {
-                let built = Built::resume(&self.program, journal);
+                let built = Built::resume(&self.program, journal)?;
                 std::thread::spawn(move || side.set(finish(built, &orders)));
             }
         }

@@ -312,7 +312,7 @@ impl Vne {
     }
 
     /// No frame waits on a host.
-    pub fn no_hold_on(&self, host: usize) -> Result<()> {
+    fn no_hold_on(&self, host: usize) -> Result<()> {
         // The lab has a table of its own, and one test cuts the wire with one.
         self.silent(
             host,
