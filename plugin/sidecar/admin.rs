@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use jsonrpsee::core::client::Client;
+use jsonrpsee::core::client::{Client, Error as RpcError};
 use tokio::net::UnixStream;
 use tokio::runtime::Runtime;
 
@@ -54,10 +54,18 @@ impl Daemon {
 
     fn call<T>(
         &self,
-        call: impl std::future::Future<Output = Result<T, jsonrpsee::core::client::Error>>,
+        call: impl std::future::Future<Output = Result<T, RpcError>>,
     ) -> Result<T, Error> {
         let answer = self.runtime.block_on(call);
-        answer.map_err(|error| Error::Failed(explain(&error)))
+        answer.map_err(|error| {
+            Error::Failed(match error {
+                RpcError::RestartNeeded(_) => String::from(
+                    "vned on this host has ended; what it was doing is undone, or goes on when it \
+                     runs again (see 'xl vne-snapshot status')",
+                ),
+                error => explain(&error),
+            })
+        })
     }
 
     /// Has it take a snapshot.
@@ -105,9 +113,7 @@ impl Daemon {
     fn watch(&self, job: JobId, mut tell: impl FnMut(JobTold)) -> Result<JobDone, Error> {
         self.call(async {
             use tokio::signal::unix::{signal, SignalKind};
-            let asks = |kind| {
-                signal(kind).map_err(|e| jsonrpsee::core::client::Error::Custom(e.to_string()))
-            };
+            let asks = |kind| signal(kind).map_err(|e| RpcError::Custom(e.to_string()));
             let mut int = asks(SignalKind::interrupt())?;
             let mut term = asks(SignalKind::terminate())?;
             let mut hangup = asks(SignalKind::hangup())?;

@@ -134,7 +134,7 @@ pub fn all(vne: &Vne) -> Result<String> {
     for (fault, phase) in &scenarios {
         let what = fault.what();
         let name = format!("{what}, {}", place(phase));
-        if !name.contains(&only) {
+        if !only.split(';').any(|part| name.contains(part)) {
             continue;
         }
         done += 1;
