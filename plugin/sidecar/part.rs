@@ -37,6 +37,9 @@ const CAP_INTERVAL: Duration = Duration::from_secs(4);
 struct Member {
     worker: Worker,
     converged: bool,
+    /// It has converged at some time: a guest that is just busier at the cut is
+    /// no news.
+    ever_converged: bool,
     /// What it's limited to, and since when.
     cap: Option<(u32, Instant)>,
     facts: Option<DomainFacts>,
@@ -137,6 +140,7 @@ impl Part {
             self.members.push(Member {
                 worker,
                 converged: false,
+                ever_converged: false,
                 cap: None,
                 facts: None,
                 rounds: Vec::new(),
@@ -202,6 +206,7 @@ impl Part {
             }
             Event::Round { round, converged } => {
                 member.converged = converged;
+                member.ever_converged |= converged;
                 member.rounds.push(round);
                 Some(HostInput::Round {
                     member: index,
@@ -490,7 +495,7 @@ impl Part {
             let host = &self.place.host;
             stored.push(PartMember {
                 entry: Entry {
-                    diverged: !member.converged,
+                    diverged: !member.ever_converged,
                     throttled_to: member.cap.map(|(cap, _)| cap),
                     ..super::manifest::member(host, facts, &member.rounds, times, image)?
                 },
