@@ -91,7 +91,6 @@ impl Printer {
 impl Progress for Printer {
     fn tell(&mut self, told: Told) {
         match told {
-            Told::Planned(_) => {}
             Told::Phase(phase) => {
                 self.phase = phase;
                 if !self.terminal {

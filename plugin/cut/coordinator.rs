@@ -159,11 +159,6 @@ impl Coordinator {
         self.hosts.get(host).and_then(|host| host.session)
     }
 
-    /// Whether the snapshot exists, though not all hosts may know it yet.
-    pub fn decided(&self) -> bool {
-        self.decided
-    }
-
     /// Whether a host has answered the phase's order.
     pub fn answered(&self, host: usize) -> bool {
         self.hosts.get(host).is_some_and(|host| host.answered)

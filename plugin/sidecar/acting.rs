@@ -129,6 +129,7 @@ struct Acting<'a> {
     /// What the workers have seen was taken in.
     looked: bool,
     over_since_ns: Option<u64>,
+    /// It ends here, before the take is over.
     stopped: bool,
     /// When each member's last round was told, and whether it had converged.
     rounds_told: Vec<Option<(u64, bool)>>,
@@ -341,6 +342,9 @@ impl Acting<'_> {
             Ok(None) => {}
             Err(error) => {
                 log::warn!("{}", sentence(&error));
+                // What is decided can't fail: the part keeps its vote, and whoever
+                // finds that asks again and tries again.
+                self.stopped |= *action == HostAction::Commit;
                 self.tell(HostInput::Failed(sentence(&error)));
             }
         }

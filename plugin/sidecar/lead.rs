@@ -87,8 +87,6 @@ impl TakeRequest {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Told {
-    /// All members have been looked at: what will be captured.
-    Planned(Vec<DomainFacts>),
     /// Another phase begins.
     Phase(Phase),
     /// A member has sent a pre-copy round.
@@ -423,7 +421,7 @@ impl Leading<'_> {
         }
     }
 
-    /// Shows the plan once all hosts have looked; a dry run ends there.
+    /// Keeps the plan once all hosts have looked; a dry run ends there.
     fn plan_ready(&mut self) {
         let looked = self.parties.iter().all(|party| party.facts.is_some());
         if self.planned.is_some() || !looked {
@@ -436,7 +434,6 @@ impl Leading<'_> {
         }
         planned.sort_by_key(|(number, _)| *number);
         let planned: Vec<_> = planned.into_iter().map(|(_, facts)| facts).collect();
-        self.progress.tell(Told::Planned(planned.clone()));
         self.planned = Some(planned);
         if self.lead.request.dry_run {
             // Nobody was told to begin.

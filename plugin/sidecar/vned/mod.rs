@@ -289,7 +289,8 @@ pub fn run(options: &Options) -> Result<(), Error> {
 async fn serve(daemon: &Arc<Daemon>) -> Result<(), Error> {
     use tokio::signal::unix::{signal, SignalKind};
     let signal = |kind| signal(kind).map_err(Error::start("watch for signals"));
-    let mut ends = [SignalKind::terminate(), SignalKind::interrupt()].map(signal);
+    let mut term = signal(SignalKind::terminate())?;
+    let mut int = signal(SignalKind::interrupt())?;
     let mut hangup = signal(SignalKind::hangup())?;
     let socket = daemon.run_dir.join(SOCKET);
     let commands = listen::commands(&socket)?;
@@ -298,9 +299,6 @@ async fn serve(daemon: &Arc<Daemon>) -> Result<(), Error> {
     let _leases = tokio::spawn(restores::leases(Arc::clone(daemon)));
     let _resuming = tokio::spawn(resume(Arc::clone(daemon)));
     log::info!("ready");
-    let [Ok(term), Ok(int)] = &mut ends else {
-        return Err(Error::Failed(String::from("cannot watch for signals")));
-    };
     loop {
         tokio::select! {
             _ = term.recv() => break,

@@ -154,7 +154,7 @@ pub(super) async fn leases(daemon: Arc<Daemon>) {
 impl Daemon {
     async fn ask_outcome(self: &Arc<Self>, ticket: &Ticket, side: &Arc<Side>) {
         let outcome = if side.leader == self.here() {
-            Ok(self.restore_outcome(&side.leader, ticket))
+            Ok(self.restore_outcome(ticket))
         } else {
             let Some(remote) = self.remote(&side.leader) else {
                 return;
@@ -300,8 +300,16 @@ impl Daemon {
             if let Some((side, orders)) =
                 self.enter_restore(&leader, &Ticket(ticket), said, built)?
             {
-                let built = Built::resume(&self.program, journal)?;
-                std::thread::spawn(move || side.set(finish(built, &orders)));
+                match Built::resume(&self.program, journal) {
+                    Ok(built) => {
+                        std::thread::spawn(move || side.set(finish(built, &orders)));
+                    }
+                    // Its journal is free again, for the next look.
+                    Err(error) => {
+                        lock(&self.restores.sides).retain(|_, other| !Arc::ptr_eq(other, &side));
+                        log::error!("{}", sentence(&error));
+                    }
+                }
             }
         }
         Ok(())
@@ -337,7 +345,7 @@ impl Daemon {
     }
 
     /// How a restore that this host leads was decided.
-    pub(super) fn restore_outcome(&self, _peer: &Name, ticket: &Ticket) -> RestoreOutcome {
+    pub(super) fn restore_outcome(&self, ticket: &Ticket) -> RestoreOutcome {
         let root = self.run_dir.join("vne");
         if let Some(paused) = journal::decided_paused(&root, ticket.0.as_str()) {
             RestoreOutcome::Released { paused }

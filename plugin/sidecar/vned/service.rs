@@ -159,7 +159,7 @@ impl PeerServer for Service {
 
     async fn outcome(&self, ticket: Ticket) -> RpcResult<RestoreOutcome> {
         self.still_a_peer()?;
-        Ok(self.daemon.restore_outcome(&self.peer, &ticket))
+        Ok(self.daemon.restore_outcome(&ticket))
     }
 
     async fn remove(&self, snapshot: SnapshotRef) -> RpcResult<bool> {
