@@ -19,8 +19,8 @@ const SAVE_LIMIT: Duration = Duration::from_secs(300);
 /// dom0's share of the processors, where a guest's is 256.
 pub const DOM0_WEIGHT: u32 = 4096;
 
-/// Done once in dom0 before its state is kept: what would otherwise be slow
-/// or missing the first time.
+/// Done once in dom0 after each boot, before its state is kept: what would
+/// otherwise be slow or missing the first time.
 ///
 /// With equal weights busy guests leave dom0 too little of the emulated
 /// processors to copy memory faster than they change it, and even to answer:
@@ -45,7 +45,8 @@ xl info >/dev/null
 xl list >/dev/null
 sync";
 
-fn settle() -> String {
+/// The command that makes a booted dom0 what a lab's should be.
+pub(super) fn settle() -> String {
     format!("DOM0_WEIGHT={DOM0_WEIGHT}\n{SETTLE}")
 }
 

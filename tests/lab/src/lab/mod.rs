@@ -443,17 +443,15 @@ impl Lab {
             .context("the lab has gone")
     }
 
-    /// Pulls a host's plug: its dom0 and guests are gone at once, as is what
-    /// its disk had.
+    /// Pulls a host's plug: its dom0 and guests are gone at once, and what had
+    /// been written and not synced.
     pub fn power_off(&self, host: usize) -> Result<()> {
         self.power(host, false)
     }
 
-    /// Brings a host up again as it first was: nothing is left of what was
-    /// installed or running there.
+    /// Has a host boot again, with what its disk has.
     pub fn power_on(&self, host: usize) -> Result<()> {
-        self.power(host, true)?;
-        self.install_tool(host)
+        self.power(host, true)
     }
 
     fn power(&self, host: usize, on: bool) -> Result<()> {

@@ -9,6 +9,9 @@ use serde::{Deserialize, Serialize};
 
 use super::{process, qemu};
 
+/// As long as a host takes to boot.
+const ANSWER_LIMIT: Duration = Duration::from_secs(300);
+
 /// How to reach one host.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Ssh {
@@ -83,8 +86,21 @@ impl Ssh {
         Ok(())
     }
 
-    /// Starts the shared connection; it lasts as long as the child does.
+    /// Starts the shared connection, once the host answers; it lasts as long as
+    /// the child does.
     pub fn start_master(&self) -> Result<Child> {
+        let deadline = Instant::now() + ANSWER_LIMIT;
+        loop {
+            match self.connect(deadline) {
+                Err(_) if Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(500));
+                }
+                connected => return connected,
+            }
+        }
+    }
+
+    fn connect(&self, deadline: Instant) -> Result<Child> {
         qemu::check_socket_path(&self.socket)?;
         // It's fine when there was none.
         let _ = std::fs::remove_file(&self.socket);
@@ -95,7 +111,6 @@ impl Ssh {
             .stdout(Stdio::null());
         qemu::die_with_parent(&mut command);
         let mut child = command.spawn().context("cannot run ssh")?;
-        let deadline = Instant::now() + Duration::from_secs(90);
         while !self.socket.exists() {
             let ended = child.try_wait().context("cannot look after ssh")?;
             if ended.is_some() || Instant::now() > deadline {

@@ -14,7 +14,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{bail, Context, Result};
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 
+use super::booted;
 use super::cache::Lock;
 use super::hub::{Hub, Links, Plug};
 use super::image::Image;
@@ -97,8 +99,8 @@ pub enum Request {
         /// Whether they pass.
         up: bool,
     },
-    /// Pull a host's plug, or start it afresh; [`Status::off`] tells when
-    /// that's done.
+    /// Pull a host's plug, or have it boot from its disk; [`Status::off`] tells
+    /// when that's done.
     Power {
         /// Which one.
         host: usize,
@@ -299,7 +301,13 @@ fn run(job: &Job, shared: &Shared) -> Result<()> {
     for files in &files {
         // Of an earlier lab; it's fine when there was none.
         let _ = std::fs::remove_file(files.console());
-        machines.push(start(job, files, None)?);
+        qemu::overlay(&job.disk, "qcow2", &files.disk())?;
+        machines.push(Machine::start(
+            &job.platform,
+            files,
+            Some(&job.state),
+            None,
+        )?);
     }
     let mut hosts = Vec::new();
     for (host, machine) in machines.into_iter().enumerate() {
@@ -316,13 +324,19 @@ fn run(job: &Job, shared: &Shared) -> Result<()> {
             match (running.as_mut(), shared.powered(host)) {
                 (Some(running), true) => running.machine.check()?,
                 (Some(_), false) => {
-                    *running = None;
+                    if let Some(running) = running.take() {
+                        running.lose_power()?;
+                    }
                     shared.update(|status| status.off.push(host));
                 }
                 (None, true) => {
                     // Whoever knows the way in keeps it: so the same port.
-                    let machine = start(job, &Files::new(&job.run, host), Some(*port))?;
-                    *running = Some(Running::come_up(job, shared, host, machine)?);
+                    let files = Files::new(&job.run, host);
+                    let machine = Machine::start(&job.platform, &files, None, Some(*port))?;
+                    let up = Running::come_up(job, shared, host, machine)?;
+                    process::capture(&mut up.ssh.command(&booted::settle()))
+                        .with_context(|| format!("host {host} doesn't settle"))?;
+                    *running = Some(up);
                     shared.update(|status| status.off.retain(|other| *other != host));
                 }
                 (None, false) => {}
@@ -331,12 +345,6 @@ fn run(job: &Job, shared: &Shared) -> Result<()> {
         std::thread::sleep(TICK);
     }
     Ok(())
-}
-
-/// Starts a host from the kept state, on a disk as it was then.
-fn start(job: &Job, files: &Files, ssh_port: Option<u16>) -> Result<Machine> {
-    qemu::overlay(&job.disk, "qcow2", &files.disk())?;
-    Machine::start(&job.platform, files, Some(&job.state), ssh_port)
 }
 
 /// A host that is up.
@@ -370,6 +378,16 @@ impl Running {
             machine,
             _master: master,
         })
+    }
+
+    /// Its processors stop where they are. What its disk had acknowledged stays.
+    fn lose_power(mut self) -> Result<()> {
+        let mut control = self.machine.control()?;
+        control.execute("stop", json!({}))?;
+        // A killed emulator would take along what it knows of the disk's layout.
+        // It may be gone before its answer is.
+        let _ = control.execute("quit", json!({}));
+        self.machine.wait(Duration::from_secs(60))
     }
 }
 
