@@ -62,7 +62,7 @@ pub use manifest::{
     Cut, DomainType, Downtime, FileFacts, Manifest, Member, MemberImage, MemberStats, FORMAT,
     MANIFEST_BYTES_MAX, MANIFEST_NAME,
 };
-pub use name::{Name, SnapshotId, NAME_BYTES_MAX};
+pub use name::{Name, SnapshotId, StoreId, NAME_BYTES_MAX};
 pub use reader::{MemberReader, ReplayError};
 pub use store::{free_bytes, Cleaned, Store, Take, DEFAULT_ROOT};
 pub use table::PFN_COUNT_MAX;

@@ -83,6 +83,43 @@ impl From<Name> for String {
     }
 }
 
+/// Tells one store from all others: 16 hex digits, made up at random.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct StoreId(String);
+
+impl StoreId {
+    /// One that no store has.
+    pub(super) fn random() -> std::io::Result<Self> {
+        Ok(Self(format!("{:016x}", crate::random::number()?)))
+    }
+}
+
+impl fmt::Display for StoreId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&self.0)
+    }
+}
+
+impl TryFrom<String> for StoreId {
+    type Error = &'static str;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        let hex = |byte: u8| matches!(byte, b'0'..=b'9' | b'a'..=b'f');
+        if text.len() == 16 && text.bytes().all(hex) {
+            Ok(Self(text))
+        } else {
+            Err("16 hex digits are expected")
+        }
+    }
+}
+
+impl From<StoreId> for String {
+    fn from(id: StoreId) -> String {
+        id.0
+    }
+}
+
 /// The name of a snapshot among those of its VNE: the time in UTC, as in
 /// `20261121T023652Z`, with `-2`, `-3` … for further ones of the same second.
 ///

@@ -11,7 +11,7 @@ use super::catalogue::Catalogue;
 use super::error::Error;
 use super::files::{self, Lock};
 use super::manifest::{Cut, Manifest, Member, FORMAT, MANIFEST_BYTES_MAX, MANIFEST_NAME};
-use super::name::{Name, SnapshotId};
+use super::name::{Name, SnapshotId, StoreId};
 use super::Result;
 use crate::stream::CONFIG_BYTES_MAX;
 
@@ -25,6 +25,9 @@ pub(crate) const PAGES_NAME: &str = "pages";
 const MEMBERS_NAME: &str = "members";
 const TMP_NAME: &str = "tmp";
 const SNAPSHOTS_NAME: &str = "snapshots";
+/// Tells this store from all others.
+const ID_NAME: &str = "id";
+const ID_BYTES_MAX: u64 = 64;
 /// Snapshots in the making.
 const TAKE_PREFIX: &str = "take.";
 /// Snapshots being deleted.
@@ -118,13 +121,62 @@ impl Store {
         }
     }
 
-    fn make(&self) -> Result<()> {
-        files::ensure_dir(&self.root)?;
+    /// Makes it, to last: a leader that comes back without it couldn't tell what
+    /// it had decided.
+    fn make(&self) -> Result<StoreId> {
+        files::ensure_lasting_dir(&self.root)?;
         check_root(&self.root)?;
         for name in [TMP_NAME, SNAPSHOTS_NAME] {
-            files::ensure_dir(&self.root.join(name))?;
+            files::ensure_lasting_dir(&self.root.join(name))?;
         }
-        Ok(())
+        match self.id() {
+            Err(error) if is_not_found(&error) => self.name_it(),
+            found => found,
+        }
+    }
+
+    fn name_it(&self) -> Result<StoreId> {
+        let _tmp = files::lock_dir_wait(&self.tmp())?;
+        match self.id() {
+            Err(error) if is_not_found(&error) => {}
+            found => return found,
+        }
+        let id = StoreId::random().map_err(Error::io("make a number for", &self.root))?;
+        // A torn one is never seen.
+        let aside = self.root.join(format!("{ID_NAME}.new"));
+        match std::fs::remove_file(&aside) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(Error::io("remove", &aside)(error));
+            }
+            _ => {}
+        }
+        files::write_file(&aside, ID_NAME, format!("{id}\n").as_bytes())?;
+        let place = self.root.join(ID_NAME);
+        std::fs::rename(&aside, &place).map_err(Error::io("make", &place))?;
+        files::sync_dir(&self.root)?;
+        Ok(id)
+    }
+
+    /// What tells this store from all others, also after it was moved. Makes
+    /// the store if it doesn't exist.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::BadRoot`], [`Error::Damaged`], [`Error::Io`].
+    pub fn ensure_id(&self) -> Result<StoreId> {
+        self.make()
+    }
+
+    /// What tells this store from all others.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] if there is no such file, [`Error::Damaged`].
+    pub fn id(&self) -> Result<StoreId> {
+        let path = self.root.join(ID_NAME);
+        let bytes = files::read_file(&path, ID_BYTES_MAX)?;
+        let text = String::from_utf8_lossy(&bytes).trim_end().to_owned();
+        StoreId::try_from(text).map_err(|problem| Error::damaged(&path, problem.to_owned()))
     }
 
     /// The store's directory.

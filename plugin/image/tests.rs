@@ -888,3 +888,22 @@ fn what_was_voted_for_stays_until_the_outcome_is_known() {
     assert!(matches!(refused, Err(Error::Elsewhere { .. })));
     assert!(std::fs::read_dir(lab.tmp()).unwrap().next().is_none());
 }
+
+#[test]
+fn a_store_has_a_number_of_its_own_that_moves_with_it() {
+    let lab = Lab::new();
+    assert!(lab.store.id().is_err());
+    let id = lab.store.ensure_id().unwrap();
+    drop(lab.store.begin(&name("lab")).unwrap());
+    let moved = lab.dir.path().join("moved");
+    fs::rename(lab.store.root(), &moved).unwrap();
+    assert_eq!(Store::open(&moved).unwrap().id().unwrap(), id);
+
+    // Another one in its place is another one.
+    drop(lab.store.begin(&name("lab")).unwrap());
+    assert_ne!(lab.store.id().unwrap(), id);
+
+    fs::write(moved.join("id"), "no number").unwrap();
+    let moved = Store::open(&moved).unwrap();
+    assert!(moved.id().is_err() && moved.begin(&name("lab")).is_err());
+}

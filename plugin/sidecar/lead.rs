@@ -16,7 +16,7 @@ use crate::cut::{
 };
 use crate::domain::policy::{PolicyConfig, Round};
 use crate::domain::DomainFacts;
-use crate::image::{Cut, Manifest, Name, SnapshotId, FORMAT};
+use crate::image::{Cut, Manifest, Name, SnapshotId, StoreId, FORMAT};
 
 /// How long hosts that haven't heard yet that the snapshot exists are waited
 /// for. They learn it by themselves as soon as they can, in ns.
@@ -190,6 +190,8 @@ pub(super) struct Lead<'a> {
     pub request: &'a TakeRequest,
     pub take: TakeId,
     pub id: SnapshotId,
+    /// Where it's decided, if other hosts may have to ask.
+    pub store: Option<StoreId>,
     /// The way to each host of [`hosts`], in that order.
     pub links: Vec<Box<dyn Link>>,
     /// Makes the decision durable on this host, and then lets itself be heard.
@@ -215,7 +217,13 @@ fn names(request: &TakeRequest, host: &Name) -> Vec<Name> {
 }
 
 /// A host's part of a request.
-pub(super) fn plan(request: &TakeRequest, id: &SnapshotId, leader: &Name, host: &Name) -> Plan {
+pub(super) fn plan(
+    request: &TakeRequest,
+    id: &SnapshotId,
+    store: Option<&StoreId>,
+    leader: &Name,
+    host: &Name,
+) -> Plan {
     Plan {
         vne: request.vne.clone(),
         id: id.clone(),
@@ -226,6 +234,7 @@ pub(super) fn plan(request: &TakeRequest, id: &SnapshotId, leader: &Name, host: 
         hold_bytes: request.hold_bytes,
         memory_only: request.memory_only,
         dry_run: request.dry_run,
+        store: store.cloned(),
     }
 }
 
@@ -350,7 +359,8 @@ impl Leading<'_> {
     fn plan(&self, host: usize) -> Option<Plan> {
         let host = &self.parties.get(host)?.name;
         let leader = &self.parties.first()?.name;
-        Some(plan(self.lead.request, &self.lead.id, leader, host))
+        let store = self.lead.store.as_ref();
+        Some(plan(self.lead.request, &self.lead.id, store, leader, host))
     }
 
     fn hear(&mut self, host: usize, news: News) {

@@ -192,6 +192,7 @@ impl Part {
             vne: self.plan.vne.clone(),
             id: self.plan.id.clone(),
             members: self.stored.clone(),
+            store: self.plan.store.clone(),
         }
     }
 
@@ -512,6 +513,7 @@ impl Part {
             session: self.which.session,
             leader: self.plan.leader.clone(),
             members: self.stored.clone(),
+            store: self.plan.store.clone(),
         };
         let snapshot = self.snapshot.as_mut().ok_or_else(lost)?;
         snapshot.vote(&vote.encode()?)?;

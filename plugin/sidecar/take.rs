@@ -30,7 +30,7 @@ pub fn take(
     let number = crate::random::number();
     let take = TakeId(number.map_err(Error::start("get a random number"))?);
     let here = &place.host;
-    let plan = plan(request, &id, here, here);
+    let plan = plan(request, &id, None, here, here);
     let to = said.clone();
     let say = move |news| drop(to.send(lead::Heard::News(0, Box::new(news))));
     let side = acting::start(place.clone(), plan, Which::new(take)?, say)?;
@@ -39,6 +39,7 @@ pub fn take(
             request,
             take,
             id,
+            store: None,
             links: vec![Box::new(side.link.clone())],
             decide: side.link.decider(said),
         },

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::error::Error;
 use super::wire::PartMember;
 use crate::cut::{Session, TakeId};
-use crate::image::{self, Manifest, Name};
+use crate::image::{self, Manifest, Name, StoreId};
 
 /// What is beside a part that waits.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -20,6 +20,9 @@ pub(super) struct Vote {
     pub leader: Name,
     /// What was said to be stored.
     pub members: Vec<PartMember>,
+    /// The leader's store.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub store: Option<StoreId>,
 }
 
 impl Vote {

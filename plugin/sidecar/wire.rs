@@ -7,7 +7,7 @@ use crate::cut::{FromHost, HostLimits, TakeId, ToHost};
 use crate::domain::messages::CutTimes;
 use crate::domain::policy::{PolicyConfig, Round};
 use crate::domain::DomainFacts;
-use crate::image::{Manifest, Member, Name, SnapshotId};
+use crate::image::{Manifest, Member, Name, SnapshotId, StoreId};
 
 /// All that a host has to know to prepare its part of a take.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -31,6 +31,10 @@ pub struct Plan {
     pub memory_only: bool,
     /// Only look whether it could be done.
     pub dry_run: bool,
+    /// The leader's store, where it decides. With members on its own host only,
+    /// nobody has to know.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub store: Option<StoreId>,
 }
 
 /// From the leader to a host.
@@ -134,6 +138,9 @@ pub enum Attached {
         id: SnapshotId,
         /// What is stored; empty where that was said before a restart.
         members: Vec<PartMember>,
+        /// From the plan: where the outcome is to be looked up.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        store: Option<StoreId>,
     },
 }
 

@@ -20,7 +20,7 @@ use super::jobs::Job;
 use super::{lock, Daemon};
 use crate::clock::now_ns;
 use crate::cut::{self, unattended, Host, HostAction, HostInput, HostLimits, Reply, TakeId};
-use crate::image::{self, Manifest, Name, Store};
+use crate::image::{self, Manifest, Name, Store, StoreId};
 use crate::sentence::sentence;
 
 /// Sides that this host may have at a time for one leader.
@@ -165,11 +165,16 @@ impl Daemon {
         let register = Register::open(&self.run_dir)?;
         sweep(&self.program, &register)?;
         let store = self.store(&request.vne)?;
-        let id = Store::open(&store)?.free_id(&request.vne, SystemTime::now())?;
+        let opened = Store::open(&store)?;
+        let id = opened.free_id(&request.vne, SystemTime::now())?;
+        let decided_in = match request.dry_run {
+            true => None,
+            false => Some(opened.ensure_id()?),
+        };
         let take = TakeId(number()?);
         let _entered = self.enter_leading(take, request, &hosts, &said)?;
 
-        let plan = plan(request, &id, &here, &here);
+        let plan = plan(request, &id, decided_in.as_ref(), &here, &here);
         let to = said.clone();
         let say = move |news| drop(to.send(lead::Heard::News(0, Box::new(news))));
         let (which, place) = (Which::new(take)?, self.place(store));
@@ -181,6 +186,7 @@ impl Daemon {
             request,
             take,
             id,
+            store: decided_in,
             links,
             decide,
         };
@@ -266,7 +272,7 @@ impl Daemon {
             return Ok(());
         };
         let committed = match attached {
-            Attached::Part { vne, id, .. } => {
+            Attached::Part { vne, id, store, .. } => {
                 if !self.may(peer, &vne) {
                     // It isn't told, and presumes nothing: the admin may list it
                     // again.
@@ -274,6 +280,9 @@ impl Daemon {
                         "peer '{peer}' asks for the outcome of {vne}@{id}, and isn't listed"
                     );
                     return Ok(());
+                }
+                if let Some(decided_in) = store {
+                    self.is_where_it_was_decided(&vne, &decided_in)?;
                 }
                 self.listed(&SnapshotRef { vne, id }, message.take, Some(peer))?
             }
@@ -289,6 +298,21 @@ impl Daemon {
             });
         }
         Ok(())
+    }
+
+    /// Refuses to look for a snapshot in another store than that in which it
+    /// would be, as its description or what is mounted may have changed.
+    fn is_where_it_was_decided(&self, vne: &Name, decided_in: &StoreId) -> Result<(), Error> {
+        let root = self.store(vne)?;
+        let id = Store::open_existing(&root)?.id()?;
+        if id == *decided_in {
+            return Ok(());
+        }
+        Err(Error::Failed(format!(
+            "the store of VNE '{vne}', {}, is another one than that of the take (it is {id}, not \
+             {decided_in}): describe or mount that one again",
+            root.display()
+        )))
     }
 
     /// The manifest of a snapshot that a take has made, if it exists here, and
@@ -452,10 +476,15 @@ impl Daemon {
 
     // In doubt.
 
-    /// Goes on with the parts that a daemon before this one voted for.
+    /// Goes on with the parts that a daemon before this one voted for, and
+    /// deletes those that it didn't: after a loss of power nobody else does.
     pub(super) fn resume_in_doubt(self: &Arc<Self>, stores: &[PathBuf]) {
         for root in stores {
-            let found = Store::open(root).and_then(|store| store.in_doubt());
+            let found = Store::open(root).and_then(|store| {
+                let found = store.in_doubt()?;
+                store.clean_tmp()?;
+                Ok(found)
+            });
             let found = match found {
                 Ok(found) => found,
                 Err(error) => {
@@ -567,6 +596,7 @@ impl Daemon {
                     vne: snapshot.vne.clone(),
                     id: snapshot.id.clone(),
                     members: vote.members.clone(),
+                    store: vote.store.clone(),
                 },
             });
         }
