@@ -30,18 +30,6 @@ pub(crate) fn ensure_dir(path: &Path) -> Result<()> {
         .map_err(Error::io("create", path))
 }
 
-/// Like [`ensure_dir`]; what it makes is there after a loss of power, too.
-pub(crate) fn ensure_lasting_dir(path: &Path) -> Result<()> {
-    if path.is_dir() {
-        return Ok(());
-    }
-    let parent = path.parent().filter(|parent| *parent != Path::new(""));
-    let parent = parent.unwrap_or(Path::new("."));
-    ensure_lasting_dir(parent)?;
-    ensure_dir(path)?;
-    sync_dir(parent)
-}
-
 /// Makes a file that must not exist yet, for reading and writing.
 pub(crate) fn create_file(path: &Path) -> Result<File> {
     OpenOptions::new()

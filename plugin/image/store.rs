@@ -121,13 +121,11 @@ impl Store {
         }
     }
 
-    /// Makes it, to last: a leader that comes back without it couldn't tell what
-    /// it had decided.
     fn make(&self) -> Result<StoreId> {
-        files::ensure_lasting_dir(&self.root)?;
+        files::ensure_dir(&self.root)?;
         check_root(&self.root)?;
         for name in [TMP_NAME, SNAPSHOTS_NAME] {
-            files::ensure_lasting_dir(&self.root.join(name))?;
+            files::ensure_dir(&self.root.join(name))?;
         }
         match self.id() {
             Err(error) if is_not_found(&error) => self.name_it(),
@@ -153,18 +151,29 @@ impl Store {
         files::write_file(&aside, ID_NAME, format!("{id}\n").as_bytes())?;
         let place = self.root.join(ID_NAME);
         std::fs::rename(&aside, &place).map_err(Error::io("make", &place))?;
-        files::sync_dir(&self.root)?;
         Ok(id)
     }
 
     /// What tells this store from all others, also after it was moved. Makes
-    /// the store if it doesn't exist.
+    /// the store if it doesn't exist, and makes it last: a leader that comes back
+    /// without it couldn't tell what it had decided.
     ///
     /// # Errors
     ///
     /// [`Error::BadRoot`], [`Error::Damaged`], [`Error::Io`].
     pub fn ensure_id(&self) -> Result<StoreId> {
-        self.make()
+        let id = self.make()?;
+        // Also what another process has made and was killed before it synced.
+        let root = std::fs::canonicalize(&self.root).map_err(Error::io("find", &self.root))?;
+        for dir in root.ancestors() {
+            match files::sync_dir(dir) {
+                // Not a file system that keeps anything.
+                Err(Error::Io { source, .. })
+                    if source.kind() == std::io::ErrorKind::InvalidInput => {}
+                synced => synced?,
+            }
+        }
+        Ok(id)
     }
 
     /// What tells this store from all others.

@@ -903,6 +903,12 @@ fn a_store_has_a_number_of_its_own_that_moves_with_it() {
     drop(lab.store.begin(&name("lab")).unwrap());
     assert_ne!(lab.store.id().unwrap(), id);
 
+    // The folder that it's to be made in may be a link.
+    std::os::unix::fs::symlink(lab.dir.path(), lab.dir.path().join("link")).unwrap();
+    let linked = Store::open(&lab.dir.path().join("link/linked")).unwrap();
+    let id = linked.ensure_id().unwrap();
+    assert_eq!(linked.id().unwrap(), id);
+
     fs::write(moved.join("id"), "no number").unwrap();
     let moved = Store::open(&moved).unwrap();
     assert!(moved.id().is_err() && moved.begin(&name("lab")).is_err());
