@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::policy::{PolicyConfig, Round};
 use super::DomainFacts;
 use crate::image::MemberImage;
+use crate::net::HoldRecord;
 
 /// Longest line. The longest message holds a domain's configuration: some
 /// 10 KiB each for a few hundred devices.
@@ -27,6 +28,8 @@ pub enum Command {
         policy: PolicyConfig,
         /// Bytes of the last pages to keep in memory at most.
         final_buffer_bytes: usize,
+        /// The holds of the member's vifs.
+        holds: Vec<HoldRecord>,
     },
     /// Suspend, save the rest, resume: now.
     Cut,
@@ -55,7 +58,16 @@ pub enum Event {
         converged: bool,
     },
     /// The member was suspended, saved and runs again.
-    Cut(CutTimes),
+    Cut {
+        /// When what happened.
+        times: CutTimes,
+        /// How many frames waited in each of its holds then: what it had sent
+        /// before its cut, and nobody had seen.
+        queued: Vec<u32>,
+        /// How many frames came for it while it was suspended. They are in no
+        /// snapshot: it runs on and gets them, a restored one doesn't.
+        late: u64,
+    },
     /// Its part is durable, except for the rename.
     Stored(Box<MemberImage>),
     /// It failed. The guest runs.

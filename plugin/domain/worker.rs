@@ -13,7 +13,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -28,6 +28,7 @@ use super::xl::Xl;
 use super::DomainFacts;
 use crate::clock::now_ns;
 use crate::image::{MemberHandle, MemberWriter, Name, WriterOptions};
+use crate::net::{self, Watched};
 use crate::sentence::sentence;
 use crate::stream::{Ingest, Page, PageType, Place, Sink, XcHeader};
 
@@ -164,6 +165,7 @@ fn prepare_and_capture(
         directory,
         policy,
         final_buffer_bytes,
+        holds,
     }) = first
     else {
         // Called off, or a dry run: nothing was touched.
@@ -187,8 +189,17 @@ fn prepare_and_capture(
     let member = Name::new(&facts.name).map_err(|error| sentence(&error))?;
     let writer =
         MemberWriter::create(&directory, &member, &options).map_err(|error| sentence(&error))?;
-    let (times, writer) = capture(xl, &facts, helper, engine, &orders, policy, writer)?;
-    messages::send(engine, &Event::Cut(times)).map_err(|error| sentence(&error))?;
+    let watched = Watched::open(&holds).map_err(|error| sentence(&error))?;
+    let (cut, writer) = capture(
+        xl,
+        &facts,
+        helper,
+        engine,
+        &orders,
+        policy,
+        (writer, watched),
+    )?;
+    messages::send(engine, &cut).map_err(|error| sentence(&error))?;
 
     if orders.wait_past_cut() == Order::Abort {
         return Ok(());
@@ -232,8 +243,8 @@ fn capture(
     engine: &UnixStream,
     orders: &Arc<Orders>,
     policy: PolicyConfig,
-    writer: MemberWriter,
-) -> Result<(CutTimes, MemberWriter), String> {
+    (writer, watched): (MemberWriter, Watched),
+) -> Result<(Event, MemberWriter), String> {
     let (stream_out, stream_in) = stream_pipe().map_err(|error| sentence(&error))?;
     let last_pages = LastPages {
         writer: writer.handle(),
@@ -244,6 +255,7 @@ fn capture(
         pages_done_ns: Arc::clone(&last_pages.done_ns),
         orders: Arc::clone(orders),
     };
+    let watched = Arc::new(Mutex::new(watched));
     let reader = spawn_reader(stream_out, sink);
     let monitors = Arc::new(Monitors::find(&facts.name));
     let asked = Arc::new(AtomicBool::new(false));
@@ -258,12 +270,16 @@ fn capture(
         asked: Arc::clone(&asked),
         stopped: false,
         rendezvous: helper.rendezvous,
+        watched: Arc::clone(&watched),
+        given: None,
     };
     let asker = std::thread::spawn(move || asker.serve());
 
     let saved = xl.suspend_live(facts.domid, stream_in.as_fd());
     let saved_ns = now_ns();
     let asked = asked.load(Ordering::Acquire);
+    // The last moment at which all that it has sent was sent before its cut.
+    let waiting = saved.is_ok().then(|| look(&watched));
     let resumed = run_again(xl, facts, saved.is_ok(), asked);
     let resumed_ns = now_ns();
     monitors.let_go();
@@ -288,6 +304,9 @@ fn capture(
     if !asker.stopped {
         return Err(format!("{}: saved without a suspend", facts.name));
     }
+    let network = |error| format!("{}: {}", facts.name, sentence(&error));
+    let (queued, given) = waiting.unwrap_or(Ok((Vec::new(), 0))).map_err(network)?;
+    let given_before = asker.given.unwrap_or(Ok(given)).map_err(network)?;
     let times = CutTimes {
         pages_done_ns: last_pages.done_ns.load(Ordering::Relaxed),
         final_pages: last_pages.writer.pages_final(),
@@ -296,7 +315,18 @@ fn capture(
         stream_bytes,
         ..asker.times
     };
-    Ok((times, writer))
+    let cut = Event::Cut {
+        times,
+        queued,
+        late: given.saturating_sub(given_before),
+    };
+    Ok((cut, writer))
+}
+
+/// What waits in a member's holds, and how much it was given.
+fn look(watched: &Mutex<Watched>) -> Result<(Vec<u32>, u64), net::Error> {
+    let mut watched = watched.lock().unwrap_or_else(PoisonError::into_inner);
+    Ok((watched.queued()?, watched.given()?))
 }
 
 /// The guest runs when this returns, or there is an error to shout about.
@@ -444,6 +474,9 @@ struct Asker {
     stopped: bool,
     /// Where members meet at the cut, until the helper has it.
     rendezvous: Option<OwnedFd>,
+    watched: Arc<Mutex<Watched>>,
+    /// Frames that the guest had been given when it stopped.
+    given: Option<Result<u64, net::Error>>,
 }
 
 /// The end of the rendezvous that came as stdout, for the helper to inherit;
@@ -490,6 +523,9 @@ impl Asker {
                 Said::Suspended { stopped } => {
                     self.times.suspended_ns = message.time_ns;
                     self.stopped = stopped;
+                    let watched = self.watched.lock();
+                    let mut watched = watched.unwrap_or_else(PoisonError::into_inner);
+                    self.given = Some(watched.given());
                 }
                 Said::Saved { failed_errno } => {
                     if let Some(errno) = failed_errno {

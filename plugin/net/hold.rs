@@ -22,7 +22,8 @@ use netlink_packet_route::tc::{TcAttribute, TcHandle, TcMessage, TcStats2};
 use netlink_packet_route::RouteNetlinkMessage;
 use serde::{Deserialize, Serialize};
 
-use super::{Error, Nft, Rtnl};
+use super::tap::Tap;
+use super::{Error, Frame, Nft, Rtnl};
 
 /// Names of our ifb devices start with this.
 pub const IFB_PREFIX: &str = "vneh";
@@ -52,6 +53,9 @@ pub struct HoldRecord {
     pub vif: String,
     /// Our ifb device.
     pub ifb: String,
+    /// Xen's number of the vif.
+    #[serde(default)]
+    pub devid: u32,
 }
 
 impl HoldRecord {
@@ -60,6 +64,7 @@ impl HoldRecord {
         Self {
             vif: vif.to_owned(),
             ifb: format!("{IFB_PREFIX}{domid}.{devid}"),
+            devid,
         }
     }
 
@@ -71,6 +76,7 @@ impl HoldRecord {
         Some(Self {
             vif,
             ifb: format!("{IFB_PREFIX}{domid}.{devid}e"),
+            devid,
         })
     }
 
@@ -117,6 +123,93 @@ pub struct Hold {
     record: HoldRecord,
     ifb_index: u32,
     limit_bytes: u32,
+    /// Sees what leaves it.
+    tap: Tap,
+}
+
+/// Holds and their vifs, to be looked at when there is no time to lose.
+#[derive(Debug)]
+pub struct Watched {
+    rtnl: Rtnl,
+    ifbs: Vec<(String, u32)>,
+    vifs: Vec<(String, u32)>,
+}
+
+impl Watched {
+    /// Finds them, so that looking takes one message each.
+    pub fn open(records: &[HoldRecord]) -> Result<Self, Error> {
+        let find = |name: &String| Ok::<_, Error>((name.clone(), require_index(name)?));
+        let all = |name: fn(&HoldRecord) -> &String| {
+            let found: Result<Vec<_>, _> = records.iter().map(name).map(find).collect();
+            found
+        };
+        Ok(Self {
+            rtnl: Rtnl::open()?,
+            ifbs: all(|record| &record.ifb)?,
+            vifs: all(|record| &record.vif)?,
+        })
+    }
+
+    /// How many frames wait in each hold.
+    pub fn queued(&mut self) -> Result<Vec<u32>, Error> {
+        let mut counts = Vec::new();
+        for (ifb, index) in &self.ifbs {
+            counts.push(counters(&mut self.rtnl, ifb, *index)?.queued_frames);
+        }
+        Ok(counts)
+    }
+
+    /// Waits until nothing comes for the guests any more, or `limit` is over:
+    /// then what was sent before all was held has arrived.
+    pub fn drain(&mut self, limit: Duration) -> Result<(), Error> {
+        let start = Instant::now();
+        let (mut before, mut since) = (None, start);
+        while since.elapsed() < QUIET_MIN && start.elapsed() < limit {
+            let seen = (self.given()?, self.waiting());
+            if before != Some(seen) || seen.1 > 0 {
+                (before, since) = (Some(seen), Instant::now());
+            }
+            std::thread::sleep(LOOK_INTERVAL);
+        }
+        Ok(())
+    }
+
+    /// How many frames wait for the guests to have room for them.
+    fn waiting(&mut self) -> u32 {
+        let mut sum = 0u32;
+        for (vif, index) in &self.vifs {
+            // Some queues can't be looked at: those that never hold anything.
+            let queue = counters(&mut self.rtnl, vif, *index);
+            sum = sum.saturating_add(queue.map_or(0, |queue| queue.queued_frames));
+        }
+        sum
+    }
+
+    /// How many frames have been given to the guest, through all its vifs, since
+    /// these exist.
+    pub fn given(&mut self) -> Result<u64, Error> {
+        let mut sum = 0u64;
+        for (vif, index) in &self.vifs {
+            let mut request = LinkMessage::default();
+            request.header.index = *index;
+            let what = format!("look at {vif}");
+            let found = self
+                .rtnl
+                .get(&what, RouteNetlinkMessage::GetLink(request))?;
+            let RouteNetlinkMessage::NewLink(link) = found else {
+                return Err(Error::Answer(what));
+            };
+            let sent = link
+                .attributes
+                .iter()
+                .find_map(|attribute| match attribute {
+                    LinkAttribute::Stats64(stats) => Some(stats.tx_packets),
+                    _ => None,
+                });
+            sum = sum.saturating_add(sent.unwrap_or_default());
+        }
+        Ok(sum)
+    }
 }
 
 impl Hold {
@@ -176,7 +269,13 @@ impl Hold {
             record: record.clone(),
             ifb_index,
             limit_bytes,
+            tap: Tap::open(ifb_index)?,
         })
+    }
+
+    /// What it was built from.
+    pub fn record(&self) -> HoldRecord {
+        self.record.clone()
     }
 
     /// The vif whose frames this holds.
@@ -186,7 +285,20 @@ impl Hold {
 
     /// From here on frames wait. One netlink message.
     pub fn block(&self, rtnl: &mut Rtnl) -> Result<(), Error> {
-        plug(rtnl, &self.record.ifb, self.ifb_index, Plug::Block, 0)
+        plug(rtnl, &self.record.ifb, self.ifb_index, Plug::Block, 0)?;
+        self.tap.listen()
+    }
+
+    /// What has left it until now left before it was blocked, perhaps on another
+    /// processor: it isn't what is recorded.
+    pub fn begin_record(&self) -> Result<(), Error> {
+        self.tap.forget()
+    }
+
+    /// The first `count` frames that left it since [`Hold::begin_record`]; it was
+    /// released, so they have or soon will.
+    pub fn recorded(&self, count: u32, deadline: Instant) -> Result<Vec<Frame>, Error> {
+        self.tap.first(count as usize, self.record.devid, deadline)
     }
 
     /// Lets all waiting frames go, in order, and later ones pass.
@@ -272,37 +384,22 @@ fn plug_message(index: u32, action: Plug, limit_bytes: u32) -> TcMessage {
     message
 }
 
-fn qdiscs(rtnl: &mut Rtnl, index: u32) -> Result<Vec<TcMessage>, Error> {
-    let request = TcMessage::with_index(index as i32);
-    let found = rtnl.dump(
-        "list qdiscs",
-        RouteNetlinkMessage::GetQueueDiscipline(request),
-    )?;
-    Ok(found
-        .into_iter()
-        .filter_map(|message| match message {
-            RouteNetlinkMessage::NewQueueDiscipline(qdisc)
-                if qdisc.header.index == index as i32 =>
-            {
-                Some(qdisc)
-            }
-            _ => None,
-        })
-        .collect())
-}
-
 fn counters(rtnl: &mut Rtnl, ifb: &str, index: u32) -> Result<HoldCounters, Error> {
-    let queue = qdiscs(rtnl, index)?
-        .into_iter()
-        .filter(|qdisc| qdisc.header.parent == TcHandle::ROOT)
-        .flat_map(|qdisc| qdisc.attributes)
-        .find_map(|attribute| match attribute {
-            TcAttribute::Stats2(stats) => stats.into_iter().find_map(|stat| match stat {
-                TcStats2::Queue(queue) => Some(queue),
-                _ => None,
-            }),
+    let what = format!("count the frames in {ifb}");
+    let mut request = TcMessage::with_index(index as i32);
+    request.header.parent = TcHandle::ROOT;
+    let found = rtnl.get(&what, RouteNetlinkMessage::GetQueueDiscipline(request))?;
+    let RouteNetlinkMessage::NewQueueDiscipline(qdisc) = found else {
+        return Err(Error::Answer(what));
+    };
+    let mut attributes = qdisc.attributes.into_iter();
+    let queue = attributes.find_map(|attribute| match attribute {
+        TcAttribute::Stats2(stats) => stats.into_iter().find_map(|stat| match stat {
+            TcStats2::Queue(queue) => Some(queue),
             _ => None,
-        });
+        }),
+        _ => None,
+    });
     queue
         .map(|queue| HoldCounters {
             queued_frames: queue.qlen,

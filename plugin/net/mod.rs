@@ -1,10 +1,14 @@
-//! The members' network: holding their frames back while a cut is made.
+//! The members' network: holding their frames back while a cut is made, and
+//! recording those that had been sent and not received.
 
+pub mod frames;
 pub mod hold;
 mod nft;
 mod rtnl;
+mod tap;
 
-pub use hold::{Hold, HoldCounters, HoldRecord};
+pub use frames::Frame;
+pub use hold::{Hold, HoldCounters, HoldRecord, Watched};
 pub use nft::Nft;
 pub use rtnl::Rtnl;
 
@@ -35,6 +39,20 @@ pub enum Error {
         limit_bytes: u32,
         /// Frames lost to it.
         dropped: u32,
+    },
+    /// Frames that were held couldn't be recorded.
+    #[error("{missing} of {of} held frames weren't seen when they were let go")]
+    Missed {
+        /// So many.
+        missing: usize,
+        /// Of these.
+        of: usize,
+    },
+    /// A file isn't what [`frames::encode`] writes.
+    #[error("recorded frames: what stands at byte {at} makes no sense")]
+    Recorded {
+        /// Where the block is that can't be read.
+        at: usize,
     },
 }
 

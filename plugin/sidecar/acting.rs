@@ -274,7 +274,7 @@ impl Acting<'_> {
                     converged: *converged,
                 }
             }
-            Event::Cut(times) => News::Cut {
+            Event::Cut { times, .. } => News::Cut {
                 take,
                 member,
                 times: *times,

@@ -1,6 +1,7 @@
 //! This host's part of a take: starts workers, owns the holds, keeps the
 //! journal, and carries out what the protocol's host machine asks for.
 
+use std::ops::Range;
 use std::path::PathBuf;
 use std::process::Stdio;
 use std::sync::mpsc::Sender;
@@ -17,14 +18,20 @@ use crate::cut::{HostAction, HostInput};
 use crate::domain::messages::{Command, CutTimes, Event};
 use crate::domain::policy::Round;
 use crate::domain::DomainFacts;
-use crate::image::{self, Manifest, Member as Entry, MemberImage, Name, Store};
-use crate::net::{self, Hold, HoldRecord, Nft, Rtnl};
+use crate::image::{self, Manifest, Member as Entry, MemberImage, Name, Recorded, Store};
+use crate::net::{self, Hold, HoldRecord, Nft, Rtnl, Watched};
 use crate::sentence::sentence;
 
 /// A worker that was told to give up does so within this, or is killed.
 const WORKER_END_MAX: Duration = Duration::from_secs(2);
 /// Bringing domains back takes 3 s at most (`domain::recover`).
 const RECOVER_MAX: Duration = Duration::from_secs(10);
+
+/// How long to wait for the members' networks to become quiet, once all that
+/// members send is held. What outsiders send never ends.
+const DRAIN_MAX: Duration = Duration::from_millis(25);
+/// What was let go has come through its ifb within this.
+const RECORD_MAX: Duration = Duration::from_secs(2);
 
 /// The first limit of a member that doesn't converge, in percent of a physical
 /// CPU for each virtual one.
@@ -45,6 +52,14 @@ struct Member {
     facts: Option<DomainFacts>,
     rounds: Vec<Round>,
     times: Option<CutTimes>,
+    /// Its holds, by their place among the part's.
+    holds: Range<usize>,
+    /// How many frames waited in each of them at its cut.
+    queued: Vec<u32>,
+    /// How many came for it while it was suspended.
+    late: u64,
+    /// What was recorded of those that waited.
+    recorded: Option<Recorded>,
     stored: Option<MemberImage>,
     ended: bool,
 }
@@ -81,6 +96,7 @@ pub(super) struct Part {
     /// Owns the redirects into the holds.
     nft: Option<Nft>,
     holds: Vec<Hold>,
+    watched: Option<Watched>,
     journal: Option<Journal>,
     snapshot: Option<image::Take>,
     /// What is said to be stored, once it is.
@@ -105,6 +121,7 @@ impl Part {
             rtnl: None,
             nft: None,
             holds: Vec::new(),
+            watched: None,
             journal: None,
             snapshot: None,
             stored: Vec::new(),
@@ -145,6 +162,10 @@ impl Part {
                 facts: None,
                 rounds: Vec::new(),
                 times: None,
+                holds: 0..0,
+                queued: Vec::new(),
+                late: 0,
+                recorded: None,
                 stored: None,
                 ended: false,
             });
@@ -214,8 +235,14 @@ impl Part {
                     converged,
                 })
             }
-            Event::Cut(times) => {
+            Event::Cut {
+                times,
+                queued,
+                late,
+            } => {
                 member.times = Some(times);
+                member.queued = queued;
+                member.late = late;
                 Some(HostInput::Cut(index))
             }
             Event::Stored(image) => {
@@ -268,6 +295,12 @@ impl Part {
                 Ok(Some(HostInput::Blocked))
             }
             HostAction::Cut => {
+                if let Some(watched) = &mut self.watched {
+                    watched.drain(DRAIN_MAX)?;
+                }
+                for hold in &self.holds {
+                    hold.begin_record()?;
+                }
                 self.tell_all(&Command::Cut);
                 Ok(None)
             }
@@ -278,6 +311,7 @@ impl Part {
                 Ok(Some(HostInput::Released))
             }
             HostAction::Finalise => {
+                self.record()?;
                 self.take_holds_down()?;
                 self.uncap()?;
                 self.tell_all(&Command::Finalise);
@@ -307,17 +341,16 @@ impl Part {
     pub fn arm(&mut self) -> Result<(), Error> {
         let facts = self.facts();
         check_space(&self.place.store, &facts)?;
-        let planned: Vec<HoldRecord> = facts
-            .iter()
-            .flat_map(|member| {
-                let holds = |vif: &crate::domain::Vif| {
-                    let (domid, devid, name) = (member.domid, vif.devid, &vif.ifname);
-                    let emulated = HoldRecord::of_emulated(domid, devid, name);
-                    std::iter::once(HoldRecord::new(domid, devid, name)).chain(emulated)
-                };
-                member.vifs.iter().flat_map(holds).collect::<Vec<_>>()
-            })
-            .collect();
+        let mut planned = Vec::new();
+        for (member, facts) in self.members.iter_mut().zip(&facts) {
+            let first = planned.len();
+            for vif in &facts.vifs {
+                let (domid, name) = (facts.domid, &vif.ifname);
+                planned.push(HoldRecord::new(domid, vif.devid, name));
+                planned.extend(HoldRecord::of_emulated(domid, vif.devid, name));
+            }
+            member.holds = first..planned.len();
+        }
         let record = Record {
             vne: self.plan.vne.to_string(),
             leader: Some(self.plan.leader.to_string()),
@@ -346,6 +379,7 @@ impl Part {
             let hold = Hold::prepare(rtnl, nft, hold, self.plan.hold_bytes)?;
             self.holds.push(hold);
         }
+        self.watched = Some(Watched::open(&planned)?);
         Ok(())
     }
 
@@ -424,6 +458,7 @@ impl Part {
                 directory: snapshot.dir().to_owned(),
                 policy: self.plan.policy,
                 final_buffer_bytes: self.place.final_buffer_bytes,
+                holds: holds_of(&self.holds, member).map(Hold::record).collect(),
             };
             member.worker.tell(&order).map_err(|source| {
                 Error::Failed(format!(
@@ -466,6 +501,42 @@ impl Part {
         Ok(())
     }
 
+    /// Keeps what members had sent before their cuts and nobody had seen: the
+    /// frames that came out of the holds first.
+    fn record(&mut self) -> Result<(), Error> {
+        let deadline = Instant::now() + RECORD_MAX;
+        let snapshot = self.snapshot.as_ref().ok_or_else(lost)?;
+        for member in &mut self.members {
+            let Some(facts) = &member.facts else {
+                continue;
+            };
+            let mut frames = Vec::new();
+            let holds = self.holds.get(member.holds.clone()).unwrap_or_default();
+            if holds.len() != member.queued.len() {
+                return Err(Error::Failed(format!(
+                    "the worker of '{}' has counted the frames of {} holds, and not of {}",
+                    facts.name,
+                    member.queued.len(),
+                    holds.len()
+                )));
+            }
+            for (hold, count) in holds.iter().zip(&member.queued) {
+                let recorded = hold.recorded(*count, deadline);
+                frames.extend(recorded.map_err(|error| {
+                    Error::Failed(format!("{}: {}", hold.vif(), sentence(&error)))
+                })?);
+            }
+            if !frames.is_empty() {
+                let file = net::frames::encode(&frames);
+                member.recorded = Some(Recorded {
+                    frames: frames.len() as u64,
+                    file: snapshot.add_frames(&Name::new(&facts.name)?, &file)?,
+                });
+            }
+        }
+        Ok(())
+    }
+
     /// After the release.
     fn take_holds_down(&mut self) -> Result<(), Error> {
         let Some(rtnl) = &mut self.rtnl else {
@@ -498,6 +569,8 @@ impl Part {
                 entry: Entry {
                     diverged: !member.ever_converged,
                     throttled_to: member.cap.map(|(cap, _)| cap),
+                    late_frames: member.late,
+                    recorded: member.recorded.take(),
                     ..super::manifest::member(host, facts, &member.rounds, times, image)?
                 },
                 suspended_ns: times.suspended_ns,
@@ -622,6 +695,11 @@ impl From<&DomainFacts> for JournalDomain {
             uuid: facts.uuid.clone(),
         }
     }
+}
+
+/// A member's holds, among all.
+fn holds_of<'a>(holds: &'a [Hold], member: &Member) -> impl Iterator<Item = &'a Hold> {
+    holds.get(member.holds.clone()).unwrap_or_default().iter()
 }
 
 fn lost() -> Error {

@@ -155,7 +155,7 @@ enum LabVerb {
         #[arg(value_parser = ["up", "down"])]
         state: String,
     },
-    /// Pull a host's plug, or bring it up again as it first was
+    /// Pull a host's plug, or have it boot again from its disk
     Power {
         /// The host: 0, 1, …
         host: usize,
