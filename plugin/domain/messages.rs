@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::policy::{PolicyConfig, Round};
 use super::DomainFacts;
 use crate::image::MemberImage;
-use crate::net::HoldRecord;
+use crate::net::{HoldRecord, Stopped};
 
 /// Longest line. The longest message holds a domain's configuration: some
 /// 10 KiB each for a few hundred devices.
@@ -57,17 +57,10 @@ pub enum Event {
         /// Whether what is left is within the policy's aim.
         converged: bool,
     },
-    /// The member was suspended, saved and runs again.
-    Cut {
-        /// When what happened.
-        times: CutTimes,
-        /// How many frames waited in each of its holds then: what it had sent
-        /// before its cut, and nobody had seen.
-        queued: Vec<u32>,
-        /// How many frames came for it while it was suspended. They are in no
-        /// snapshot: it runs on and gets them, a restored one doesn't.
-        late: u64,
-    },
+    /// The member stands still: its cut.
+    Stopped(Stopped),
+    /// It was saved and runs again.
+    Cut(CutTimes),
     /// Its part is durable, except for the rename.
     Stored(Box<MemberImage>),
     /// It failed. The guest runs.

@@ -28,7 +28,8 @@ use super::xl::Xl;
 use super::DomainFacts;
 use crate::clock::now_ns;
 use crate::image::{MemberHandle, MemberWriter, Name, WriterOptions};
-use crate::net::{self, Watched};
+use crate::net::{self, Stopped as NetStopped, Watched};
+use crate::priority;
 use crate::sentence::sentence;
 use crate::stream::{Ingest, Page, PageType, Place, Sink, XcHeader};
 
@@ -190,7 +191,7 @@ fn prepare_and_capture(
     let writer =
         MemberWriter::create(&directory, &member, &options).map_err(|error| sentence(&error))?;
     let watched = Watched::open(&holds).map_err(|error| sentence(&error))?;
-    let (cut, writer) = capture(
+    let (times, writer) = capture(
         xl,
         &facts,
         helper,
@@ -199,7 +200,7 @@ fn prepare_and_capture(
         policy,
         (writer, watched),
     )?;
-    messages::send(engine, &cut).map_err(|error| sentence(&error))?;
+    messages::send(engine, &Event::Cut(times)).map_err(|error| sentence(&error))?;
 
     if orders.wait_past_cut() == Order::Abort {
         return Ok(());
@@ -244,7 +245,7 @@ fn capture(
     orders: &Arc<Orders>,
     policy: PolicyConfig,
     (writer, watched): (MemberWriter, Watched),
-) -> Result<(Event, MemberWriter), String> {
+) -> Result<(CutTimes, MemberWriter), String> {
     let (stream_out, stream_in) = stream_pipe().map_err(|error| sentence(&error))?;
     let last_pages = LastPages {
         writer: writer.handle(),
@@ -271,7 +272,7 @@ fn capture(
         stopped: false,
         rendezvous: helper.rendezvous,
         watched: Arc::clone(&watched),
-        given: None,
+        at_stop: None,
     };
     let asker = std::thread::spawn(move || asker.serve());
 
@@ -279,7 +280,10 @@ fn capture(
     let saved_ns = now_ns();
     let asked = asked.load(Ordering::Acquire);
     // The last moment at which all that it has sent was sent before its cut.
-    let waiting = saved.is_ok().then(|| look(&watched));
+    let sent = watched
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .sent();
     let resumed = run_again(xl, facts, saved.is_ok(), asked);
     let resumed_ns = now_ns();
     monitors.let_go();
@@ -305,8 +309,16 @@ fn capture(
         return Err(format!("{}: saved without a suspend", facts.name));
     }
     let network = |error| format!("{}: {}", facts.name, sentence(&error));
-    let (queued, given) = waiting.unwrap_or(Ok((Vec::new(), 0))).map_err(network)?;
-    let given_before = asker.given.unwrap_or(Ok(given)).map_err(network)?;
+    let counted = asker.at_stop.transpose().map_err(network)?;
+    let counted = counted.map_or(0, |stopped| stopped.sent);
+    let uncounted = sent.map_err(network)?.saturating_sub(counted);
+    if uncounted > 0 {
+        return Err(format!(
+            "{}: {uncounted} frames that it had sent before its cut came too late to be recorded \
+             (is dom0 short of processors?)",
+            facts.name
+        ));
+    }
     let times = CutTimes {
         pages_done_ns: last_pages.done_ns.load(Ordering::Relaxed),
         final_pages: last_pages.writer.pages_final(),
@@ -315,18 +327,7 @@ fn capture(
         stream_bytes,
         ..asker.times
     };
-    let cut = Event::Cut {
-        times,
-        queued,
-        late: given.saturating_sub(given_before),
-    };
-    Ok((cut, writer))
-}
-
-/// What waits in a member's holds, and how much it was given.
-fn look(watched: &Mutex<Watched>) -> Result<(Vec<u32>, u64), net::Error> {
-    let mut watched = watched.lock().unwrap_or_else(PoisonError::into_inner);
-    Ok((watched.queued()?, watched.given()?))
+    Ok((times, writer))
 }
 
 /// The guest runs when this returns, or there is an error to shout about.
@@ -475,8 +476,8 @@ struct Asker {
     /// Where members meet at the cut, until the helper has it.
     rendezvous: Option<OwnedFd>,
     watched: Arc<Mutex<Watched>>,
-    /// Frames that the guest had been given when it stopped.
-    given: Option<Result<u64, net::Error>>,
+    /// Its network when it had stopped.
+    at_stop: Option<Result<NetStopped, net::Error>>,
 }
 
 /// The end of the rendezvous that came as stdout, for the helper to inherit;
@@ -523,9 +524,11 @@ impl Asker {
                 Said::Suspended { stopped } => {
                     self.times.suspended_ns = message.time_ns;
                     self.stopped = stopped;
-                    let watched = self.watched.lock();
-                    let mut watched = watched.unwrap_or_else(PoisonError::into_inner);
-                    self.given = Some(watched.given());
+                    if stopped {
+                        // Others wait for this; the helper copies pages meanwhile.
+                        priority::urgent(true);
+                        self.look_at_stop();
+                    }
                 }
                 Said::Saved { failed_errno } => {
                     if let Some(errno) = failed_errno {
@@ -535,6 +538,20 @@ impl Asker {
                 }
             }
         }
+    }
+
+    /// Frames may go as soon as the engine knows of this for all members.
+    fn look_at_stop(&mut self) {
+        let watched = self.watched.lock();
+        let mut watched = watched.unwrap_or_else(PoisonError::into_inner);
+        let seen = watched.stopped();
+        if let Ok(seen) = &seen {
+            let told = Event::Stopped(seen.clone());
+            if let Err(error) = messages::send(&self.engine, &told) {
+                log::debug!("cannot report the cut: {error}");
+            }
+        }
+        self.at_stop = Some(seen);
     }
 
     fn decide(&mut self, iteration: u32, dirty_pages: Option<u64>, now: u64) -> Decision {

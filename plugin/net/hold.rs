@@ -17,7 +17,9 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use netlink_packet_core::{DefaultNla, NLM_F_CREATE, NLM_F_EXCL};
-use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
+use netlink_packet_route::link::{
+    InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, Stats64,
+};
 use netlink_packet_route::tc::{TcAttribute, TcHandle, TcMessage, TcStats2};
 use netlink_packet_route::RouteNetlinkMessage;
 use serde::{Deserialize, Serialize};
@@ -34,6 +36,8 @@ const DRAIN_MAX: Duration = Duration::from_secs(2);
 
 /// How long nothing must have come through a vif for its redirect to go.
 const QUIET_MIN: Duration = Duration::from_millis(2);
+/// How long to wait for what a stopped member had sent.
+const TAKEN_MAX: Duration = Duration::from_millis(20);
 /// How long to wait for that; frames flow meanwhile.
 const QUIET_WAIT_MAX: Duration = Duration::from_millis(500);
 const LOOK_INTERVAL: Duration = Duration::from_micros(500);
@@ -127,6 +131,18 @@ pub struct Hold {
     tap: Tap,
 }
 
+/// A member's network at its cut.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stopped {
+    /// How many frames waited in each of its holds: what it had sent by then, and
+    /// nobody had seen.
+    pub queued: Vec<u32>,
+    /// How many frames it had sent since its vifs exist.
+    pub sent: u64,
+    /// How many it had been given.
+    pub given: u64,
+}
+
 /// Holds and their vifs, to be looked at when there is no time to lose.
 #[derive(Debug)]
 pub struct Watched {
@@ -150,21 +166,42 @@ impl Watched {
         })
     }
 
-    /// How many frames wait in each hold.
-    pub fn queued(&mut self) -> Result<Vec<u32>, Error> {
-        let mut counts = Vec::new();
-        for (ifb, index) in &self.ifbs {
-            counts.push(counters(&mut self.rtnl, ifb, *index)?.queued_frames);
+    /// Looks at a member that has just stopped. What it had left in its rings by
+    /// then is taken from there within moments; whether more comes later is for
+    /// the caller to see.
+    pub fn stopped(&mut self) -> Result<Stopped, Error> {
+        let start = Instant::now();
+        let (mut sent, mut since) = (self.sent()?, start);
+        while since.elapsed() < QUIET_MIN && start.elapsed() < TAKEN_MAX {
+            std::thread::sleep(LOOK_INTERVAL);
+            let now = self.sent()?;
+            if now != sent {
+                (sent, since) = (now, Instant::now());
+            }
         }
-        Ok(counts)
+        let mut queued = Vec::new();
+        for (ifb, index) in &self.ifbs {
+            queued.push(counters(&mut self.rtnl, ifb, *index)?.queued_frames);
+        }
+        let given = self.given()?;
+        Ok(Stopped {
+            queued,
+            sent,
+            given,
+        })
     }
 
-    /// Waits until nothing comes for the guests any more, or `limit` is over:
-    /// then what was sent before all was held has arrived.
-    pub fn drain(&mut self, limit: Duration) -> Result<(), Error> {
-        let start = Instant::now();
-        let (mut before, mut since) = (None, start);
-        while since.elapsed() < QUIET_MIN && start.elapsed() < limit {
+    /// How many frames have come from the guest, through all its vifs, since
+    /// these exist.
+    pub fn sent(&mut self) -> Result<u64, Error> {
+        self.sum(|stats| stats.rx_packets)
+    }
+
+    /// Waits until nothing comes for the guest any more, or until `deadline`: then
+    /// what was sent before all was held has arrived.
+    pub fn drain(&mut self, deadline: Instant) -> Result<(), Error> {
+        let (mut before, mut since) = (None, Instant::now());
+        while since.elapsed() < QUIET_MIN && Instant::now() < deadline {
             let seen = (self.given()?, self.waiting());
             if before != Some(seen) || seen.1 > 0 {
                 (before, since) = (Some(seen), Instant::now());
@@ -188,6 +225,10 @@ impl Watched {
     /// How many frames have been given to the guest, through all its vifs, since
     /// these exist.
     pub fn given(&mut self) -> Result<u64, Error> {
+        self.sum(|stats| stats.tx_packets)
+    }
+
+    fn sum(&mut self, of: impl Fn(&Stats64) -> u64) -> Result<u64, Error> {
         let mut sum = 0u64;
         for (vif, index) in &self.vifs {
             let mut request = LinkMessage::default();
@@ -199,14 +240,14 @@ impl Watched {
             let RouteNetlinkMessage::NewLink(link) = found else {
                 return Err(Error::Answer(what));
             };
-            let sent = link
+            let count = link
                 .attributes
                 .iter()
                 .find_map(|attribute| match attribute {
-                    LinkAttribute::Stats64(stats) => Some(stats.tx_packets),
+                    LinkAttribute::Stats64(stats) => Some(of(stats)),
                     _ => None,
                 });
-            sum = sum.saturating_add(sent.unwrap_or_default());
+            sum = sum.saturating_add(count.unwrap_or_default());
         }
         Ok(sum)
     }
@@ -298,7 +339,9 @@ impl Hold {
     /// The first `count` frames that left it since [`Hold::begin_record`]; it was
     /// released, so they have or soon will.
     pub fn recorded(&self, count: u32, deadline: Instant) -> Result<Vec<Frame>, Error> {
-        self.tap.first(count as usize, self.record.devid, deadline)
+        let frames = self.tap.first(count as usize, self.record.devid, deadline);
+        self.tap.see_nothing()?;
+        frames
     }
 
     /// Lets all waiting frames go, in order, and later ones pass.

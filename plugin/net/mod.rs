@@ -8,7 +8,7 @@ mod rtnl;
 mod tap;
 
 pub use frames::Frame;
-pub use hold::{Hold, HoldCounters, HoldRecord, Watched};
+pub use hold::{Hold, HoldCounters, HoldRecord, Stopped, Watched};
 pub use nft::Nft;
 pub use rtnl::Rtnl;
 

@@ -100,6 +100,27 @@ impl Tap {
         }
     }
 
+    /// It has seen enough. Closing it takes the kernel some time; this doesn't.
+    pub fn see_nothing(&self) -> Result<(), Error> {
+        // "Return 0": of each packet so many bytes.
+        let mut nothing = libc::sock_filter {
+            code: 6,
+            jt: 0,
+            jf: 0,
+            k: 0,
+        };
+        let program = libc::sock_fprog {
+            len: 1,
+            filter: &mut nothing,
+        };
+        set(
+            &self.socket,
+            libc::SOL_SOCKET,
+            libc::SO_ATTACH_FILTER,
+            program,
+        )
+    }
+
     /// Forgets what it has seen.
     pub fn forget(&self) -> Result<(), Error> {
         let mut buffer = buffer();
@@ -279,13 +300,14 @@ fn vlan(message: &libc::msghdr) -> Option<[u8; TAG_BYTES]> {
     Some([a, b, c, d])
 }
 
-fn set(
+fn set<T>(
     socket: &OwnedFd,
     level: libc::c_int,
     option: libc::c_int,
-    value: libc::c_int,
+    value: T,
 ) -> Result<(), Error> {
-    // SAFETY: the value is an int that outlives the call, passed with its size.
+    // SAFETY: the value and what it may point to outlive the call, and it's passed
+    // with its size; a kernel that expects another type refuses that.
     let set = unsafe {
         libc::setsockopt(
             socket.as_raw_fd(),

@@ -19,7 +19,7 @@ use crate::domain::messages::{Command, CutTimes, Event};
 use crate::domain::policy::Round;
 use crate::domain::DomainFacts;
 use crate::image::{self, Manifest, Member as Entry, MemberImage, Name, Recorded, Store};
-use crate::net::{self, Hold, HoldRecord, Nft, Rtnl, Watched};
+use crate::net::{self, Frame, Hold, HoldRecord, Nft, Rtnl, Stopped, Watched};
 use crate::sentence::sentence;
 
 /// A worker that was told to give up does so within this, or is killed.
@@ -54,11 +54,13 @@ struct Member {
     times: Option<CutTimes>,
     /// Its holds, by their place among the part's.
     holds: Range<usize>,
-    /// How many frames waited in each of them at its cut.
-    queued: Vec<u32>,
-    /// How many came for it while it was suspended.
+    /// Its network at its cut.
+    stopped: Option<Stopped>,
+    watched: Option<Watched>,
+    /// How many frames came for it after its cut, before all had been cut.
     late: u64,
-    /// What was recorded of those that waited.
+    /// What it had sent before its cut.
+    frames: Vec<Frame>,
     recorded: Option<Recorded>,
     stored: Option<MemberImage>,
     ended: bool,
@@ -96,7 +98,6 @@ pub(super) struct Part {
     /// Owns the redirects into the holds.
     nft: Option<Nft>,
     holds: Vec<Hold>,
-    watched: Option<Watched>,
     journal: Option<Journal>,
     snapshot: Option<image::Take>,
     /// What is said to be stored, once it is.
@@ -121,7 +122,6 @@ impl Part {
             rtnl: None,
             nft: None,
             holds: Vec::new(),
-            watched: None,
             journal: None,
             snapshot: None,
             stored: Vec::new(),
@@ -163,8 +163,10 @@ impl Part {
                 rounds: Vec::new(),
                 times: None,
                 holds: 0..0,
-                queued: Vec::new(),
+                stopped: None,
+                watched: None,
                 late: 0,
+                frames: Vec::new(),
                 recorded: None,
                 stored: None,
                 ended: false,
@@ -235,15 +237,13 @@ impl Part {
                     converged,
                 })
             }
-            Event::Cut {
-                times,
-                queued,
-                late,
-            } => {
-                member.times = Some(times);
-                member.queued = queued;
-                member.late = late;
+            Event::Stopped(stopped) => {
+                member.stopped = Some(stopped);
                 Some(HostInput::Cut(index))
+            }
+            Event::Cut(times) => {
+                member.times = Some(times);
+                Some(HostInput::Runs(index))
             }
             Event::Stored(image) => {
                 member.stored = Some(*image);
@@ -295,8 +295,11 @@ impl Part {
                 Ok(Some(HostInput::Blocked))
             }
             HostAction::Cut => {
-                if let Some(watched) = &mut self.watched {
-                    watched.drain(DRAIN_MAX)?;
+                let deadline = Instant::now() + DRAIN_MAX;
+                for member in &mut self.members {
+                    if let Some(watched) = &mut member.watched {
+                        watched.drain(deadline)?;
+                    }
                 }
                 for hold in &self.holds {
                     hold.begin_record()?;
@@ -305,13 +308,15 @@ impl Part {
                 Ok(None)
             }
             HostAction::Release => {
+                self.count_late()?;
                 self.on_holds(Hold::release)?;
                 self.held_ns = now_ns().saturating_sub(self.blocked_ns);
+                self.record()?;
                 self.check_overflow()?;
                 Ok(Some(HostInput::Released))
             }
             HostAction::Finalise => {
-                self.record()?;
+                self.keep_frames()?;
                 self.take_holds_down()?;
                 self.uncap()?;
                 self.tell_all(&Command::Finalise);
@@ -379,7 +384,10 @@ impl Part {
             let hold = Hold::prepare(rtnl, nft, hold, self.plan.hold_bytes)?;
             self.holds.push(hold);
         }
-        self.watched = Some(Watched::open(&planned)?);
+        for member in &mut self.members {
+            let planned = planned.get(member.holds.clone()).unwrap_or_default();
+            member.watched = Some(Watched::open(planned)?);
+        }
         Ok(())
     }
 
@@ -501,36 +509,50 @@ impl Part {
         Ok(())
     }
 
-    /// Keeps what members had sent before their cuts and nobody had seen: the
-    /// frames that came out of the holds first.
+    /// What has come for members since their cuts isn't in the snapshot: said so
+    /// of what came before frames were let go.
+    fn count_late(&mut self) -> Result<(), Error> {
+        for member in &mut self.members {
+            if let (Some(watched), Some(stopped)) = (&mut member.watched, &member.stopped) {
+                member.late = watched.given()?.saturating_sub(stopped.given);
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes what members had sent before their cuts and nobody had seen: the
+    /// frames that come out of the holds first.
     fn record(&mut self) -> Result<(), Error> {
         let deadline = Instant::now() + RECORD_MAX;
-        let snapshot = self.snapshot.as_ref().ok_or_else(lost)?;
-        for member in &mut self.members {
-            let Some(facts) = &member.facts else {
-                continue;
-            };
-            let mut frames = Vec::new();
+        for (member, name) in self.members.iter_mut().zip(&self.plan.members) {
             let holds = self.holds.get(member.holds.clone()).unwrap_or_default();
-            if holds.len() != member.queued.len() {
+            let queued = member.stopped.as_ref().map(|stopped| &stopped.queued);
+            let queued = queued.filter(|queued| queued.len() == holds.len());
+            let Some(queued) = queued else {
                 return Err(Error::Failed(format!(
-                    "the worker of '{}' has counted the frames of {} holds, and not of {}",
-                    facts.name,
-                    member.queued.len(),
-                    holds.len()
+                    "the worker of '{name}' hasn't counted the frames of all holds"
                 )));
-            }
-            for (hold, count) in holds.iter().zip(&member.queued) {
+            };
+            for (hold, count) in holds.iter().zip(queued) {
                 let recorded = hold.recorded(*count, deadline);
-                frames.extend(recorded.map_err(|error| {
+                member.frames.extend(recorded.map_err(|error| {
                     Error::Failed(format!("{}: {}", hold.vif(), sentence(&error)))
                 })?);
             }
+        }
+        Ok(())
+    }
+
+    /// Writes them down. They are durable when the worker has finished.
+    fn keep_frames(&mut self) -> Result<(), Error> {
+        let snapshot = self.snapshot.as_ref().ok_or_else(lost)?;
+        for (member, name) in self.members.iter_mut().zip(&self.plan.members) {
+            let frames = std::mem::take(&mut member.frames);
             if !frames.is_empty() {
                 let file = net::frames::encode(&frames);
                 member.recorded = Some(Recorded {
                     frames: frames.len() as u64,
-                    file: snapshot.add_frames(&Name::new(&facts.name)?, &file)?,
+                    file: snapshot.add_frames(name, &file)?,
                 });
             }
         }

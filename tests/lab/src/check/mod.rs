@@ -3,6 +3,7 @@
 mod across;
 mod downtime;
 mod failure;
+mod frames;
 mod hostile;
 mod input;
 mod loader;
@@ -37,6 +38,10 @@ const PV: &[Check] = &[
     Check {
         name: "bad_input_is_one_clear_line_and_touches_nothing",
         run: input::bad_input,
+    },
+    Check {
+        name: "frames_of_all_protocols_are_held_and_recorded",
+        run: frames::all_protocols,
     },
     Check {
         name: "guests_go_on_through_20_snapshots_in_a_row",
@@ -89,6 +94,10 @@ const TWO_HOSTS: &[Check] = &[
     Check {
         name: "a_tcp_stream_between_hosts_goes_on_through_20_snapshots",
         run: tcp::stream_goes_on,
+    },
+    Check {
+        name: "a_tcp_stream_between_hosts_is_restored_in_the_middle",
+        run: tcp::stream_is_restored,
     },
     Check {
         name: "whatever_fails_over_two_hosts_harms_nobody",
@@ -173,8 +182,7 @@ pub fn run(group: &Group, filter: &str, tally: &mut Tally) -> Result<()> {
         return Ok(());
     }
     let stage: PathBuf = product::stage()?;
-    let measure = product::example("measure")?;
-    let hostile = product::example("hostile")?;
+    let programs = ["measure", "hostile", "holds"];
     let shape = Shape {
         flavour: group.flavour,
         hosts: group.placement.hosts,
@@ -183,9 +191,11 @@ pub fn run(group: &Group, filter: &str, tally: &mut Tally) -> Result<()> {
     let lab = Lab::up(&shape, Life::Tied)?;
     for host in 0..shape.hosts {
         product::install(&lab, host, &stage)?;
-        lab.put(host, &hostile, "/usr/local/bin/hostile")?;
+        for name in programs {
+            let program = product::example(name)?;
+            lab.put(host, &program, &format!("/usr/local/bin/{name}"))?;
+        }
     }
-    lab.put(0, &measure, "/usr/local/bin/measure")?;
     let vne =
         Vne::start_placed(lab, group.placement).context("the VNE under test doesn't start")?;
     for check in chosen {
