@@ -1,11 +1,15 @@
-//! The members' network: holding their frames back while a cut is made.
+//! The members' network: holding their frames back while a cut is made, and
+//! playing recorded ones back when they're restored.
 
+pub mod frames;
 pub mod hold;
 mod nft;
+mod play;
 mod rtnl;
 
 pub use hold::{Hold, HoldCounters, HoldRecord};
 pub use nft::Nft;
+pub use play::{Player, BACKLOG_MAX};
 pub use rtnl::Rtnl;
 
 /// What can go wrong between us and the kernel's network.
@@ -35,6 +39,19 @@ pub enum Error {
         limit_bytes: u32,
         /// Frames lost to it.
         dropped: u32,
+    },
+    /// Frames were played back, and not just those wait now.
+    #[error(
+        "{vif}: {played} recorded frames were played back and {queued} wait ('restore --paused' \
+         goes without them)"
+    )]
+    PlayedBack {
+        /// Interface on which they came in.
+        vif: String,
+        /// Frames that should wait.
+        played: usize,
+        /// Frames that do.
+        queued: u32,
     },
 }
 
