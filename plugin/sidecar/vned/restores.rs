@@ -37,7 +37,9 @@ const POLL: Duration = Duration::from_millis(150);
 /// How long the leader tries to reach a host that has yet to let its members
 /// run; that host asks by itself after this.
 const RELEASE_MAX: Duration = Duration::from_secs(20);
-/// How long the leader waits for all members to be connected, since the decision.
+/// How long the leader waits for all members to be connected, since all run: a bit
+/// longer than hosts do by themselves. And as long for a host that doesn't say
+/// that its members run, before those on other hosts go on.
 const CONNECTED_MAX: Duration = Duration::from_secs(12);
 /// How often it asks for that. Frames wait.
 const CONNECTED_POLL: Duration = Duration::from_millis(30);
@@ -45,7 +47,7 @@ const CONNECTED_POLL: Duration = Duration::from_millis(30);
 /// after [`HOLD_MAX`].
 const FLOW_MAX: Duration = Duration::from_secs(5);
 /// How long a host waits to be told, since its members run.
-const HOLD_MAX: Duration = Duration::from_secs(15);
+const HOLD_MAX: Duration = Duration::from_secs(20);
 /// How long what became of it is remembered.
 const REMEMBERED: Duration = Duration::from_secs(120);
 /// Restores that this host may be building at a time.
@@ -662,10 +664,11 @@ impl LeadRestore<'_> {
         }
         // Nobody will ask any more.
         let _ = std::fs::remove_file(&decision);
+        let running = Instant::now();
         while parties
             .iter()
             .any(|party| party.frames_are(RestoreFrames::Held))
-            && start.elapsed() < CONNECTED_MAX
+            && running.elapsed() < CONNECTED_MAX
             && !self.interrupted.load(Ordering::Relaxed)
         {
             std::thread::sleep(CONNECTED_POLL);
