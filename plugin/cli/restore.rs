@@ -155,8 +155,14 @@ impl Progress for Printer {
         self.say(&format!("  {member}: built"));
     }
 
-    fn released(&mut self) {
-        self.say("released");
+    fn released(&mut self, played: u64) {
+        match played {
+            0 => self.say("released"),
+            1 => self.say("released; 1 frame that was on its way was played back"),
+            _ => self.say(&format!(
+                "released; {played} frames that were on their way were played back"
+            )),
+        }
     }
 }
 

@@ -44,6 +44,8 @@ enum Work {
     Cap { caps: Vec<String> },
     /// Destroy domains that were built paused, each given as NAME=UUID
     Discard { domains: Vec<String> },
+    /// Print what is known of domains that were built paused, as JSON
+    Facts { domains: Vec<String> },
     /// Set domains running that were built paused
     Release { domains: Vec<String> },
     /// Print what the daemon has to know, as JSON
@@ -118,6 +120,15 @@ fn run(host: &Host, work: &Work) -> Result<(), Failure> {
                 &domains,
                 building,
             )?)
+        }
+        Work::Facts { domains } => {
+            let facts = domains.iter().map(|name| {
+                let mut facts = host.xl.built_facts(name)?;
+                // Not asked for, and it may have passwords.
+                facts.config_json.clear();
+                Ok(facts)
+            });
+            super::print_json(&facts.collect::<Result<Vec<_>, Failure>>()?)
         }
         Work::Release { domains } => release(host, domains),
         Work::Describe { vne } => super::print_json(&super::describe(host, vne.as_ref())?),

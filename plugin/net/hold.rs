@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use netlink_packet_core::{DefaultNla, NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::link::{
-    InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, Stats64,
+    InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, State, Stats64,
 };
 use netlink_packet_route::tc::{TcAttribute, TcHandle, TcMessage, TcStats2};
 use netlink_packet_route::RouteNetlinkMessage;
@@ -98,15 +98,23 @@ impl HoldRecord {
         if let Some(ifb_index) = index_of(&self.ifb) {
             absent_is_fine(plug(rtnl, &self.ifb, ifb_index, Plug::ReleaseIndefinite, 0))?;
             wait_drained(rtnl, &self.ifb, ifb_index);
-            let mut link = LinkMessage::default();
-            link.header.index = ifb_index;
-            absent_is_fine(rtnl.ack(
-                &format!("remove {}", self.ifb),
-                RouteNetlinkMessage::DelLink(link),
-                0,
-            ))?;
         }
-        Ok(())
+        self.discard(rtnl)
+    }
+
+    /// Removes the device with all that is held in it, for a sender that has
+    /// never been. What is already gone is no error.
+    pub fn discard(&self, rtnl: &mut Rtnl) -> Result<(), Error> {
+        let Some(ifb_index) = index_of(&self.ifb) else {
+            return Ok(());
+        };
+        let mut link = LinkMessage::default();
+        link.header.index = ifb_index;
+        absent_is_fine(rtnl.ack(
+            &format!("remove {}", self.ifb),
+            RouteNetlinkMessage::DelLink(link),
+            0,
+        ))
     }
 }
 
@@ -377,6 +385,11 @@ impl Hold {
     pub fn remove(self, rtnl: &mut Rtnl) -> Result<(), Error> {
         self.record.remove(rtnl)
     }
+
+    /// Removes the hold with all that is in it, after its redirect.
+    pub fn discard(self, rtnl: &mut Rtnl) -> Result<(), Error> {
+        self.record.discard(rtnl)
+    }
 }
 
 fn absent_is_fine(result: Result<(), Error>) -> Result<(), Error> {
@@ -393,7 +406,7 @@ fn index_of(name: &str) -> Option<u32> {
     (index != 0).then_some(index)
 }
 
-fn require_index(name: &str) -> Result<u32, Error> {
+pub(super) fn require_index(name: &str) -> Result<u32, Error> {
     index_of(name).ok_or_else(|| Error::Refused {
         what: format!("find the interface {name}"),
         source: std::io::Error::from_raw_os_error(libc::ENODEV),
@@ -515,6 +528,45 @@ fn wait_drained(rtnl: &mut Rtnl, ifb: &str, index: u32) {
         "{ifb}: frames are still in it after {} s",
         DRAIN_MAX.as_secs()
     );
+}
+
+/// Whether netback has connected a vif's front end. The link is up some
+/// milliseconds before that, and frames to the guest are dropped meanwhile. True
+/// where the kernel doesn't tell.
+pub fn has_front_end(domid: u32, devid: u32) -> bool {
+    let path = format!("/sys/bus/xen-backend/devices/vif-{domid}-{devid}/state");
+    std::fs::read_to_string(path).map_or(true, |state| state.trim_end() == "Connected")
+}
+
+/// Those of these interfaces whose links are down: a vif's is up, and its bridge
+/// passes its frames on, when its front end takes frames. One that is gone isn't
+/// waited for.
+pub fn links_down<'a>(rtnl: &mut Rtnl, vifs: &[&'a str]) -> Result<Vec<&'a str>, Error> {
+    let links = rtnl.dump(
+        "list interfaces",
+        RouteNetlinkMessage::GetLink(LinkMessage::default()),
+    )?;
+    let mut down = Vec::new();
+    for message in links {
+        let RouteNetlinkMessage::NewLink(link) = message else {
+            continue;
+        };
+        // Not the carrier: that is told a moment before all who care have heard.
+        let is_up =
+            |attribute: &LinkAttribute| matches!(attribute, LinkAttribute::OperState(State::Up));
+        if link.attributes.iter().any(is_up) {
+            continue;
+        }
+        let named = link
+            .attributes
+            .iter()
+            .find_map(|attribute| match attribute {
+                LinkAttribute::IfName(name) => vifs.iter().find(|vif| *vif == name),
+                _ => None,
+            });
+        down.extend(named);
+    }
+    Ok(down)
 }
 
 /// What an interface has seen.

@@ -1,15 +1,18 @@
 //! The members' network: holding their frames back while a cut is made, and
-//! recording those that had been sent and not received.
+//! recording those that had been sent and not received, to be played back when the
+//! members are restored.
 
 pub mod frames;
 pub mod hold;
 mod nft;
+mod play;
 mod rtnl;
 mod tap;
 
 pub use frames::Frame;
 pub use hold::{Hold, HoldCounters, HoldRecord, Stopped, Watched};
 pub use nft::Nft;
+pub use play::{Player, BACKLOG_MAX};
 pub use rtnl::Rtnl;
 
 /// What can go wrong between us and the kernel's network.
@@ -53,6 +56,19 @@ pub enum Error {
     Recorded {
         /// Where the block is that can't be read.
         at: usize,
+    },
+    /// Frames were played back, and not just those wait now.
+    #[error(
+        "{vif}: {played} recorded frames were played back and {queued} wait ('restore --paused' \
+         goes without them)"
+    )]
+    PlayedBack {
+        /// Interface on which they came in.
+        vif: String,
+        /// Frames that should wait.
+        played: usize,
+        /// Frames that do.
+        queued: u32,
     },
 }
 

@@ -17,6 +17,7 @@ pub mod conf;
 mod error;
 pub mod files;
 pub mod guard;
+mod held;
 pub mod journal;
 pub mod lead;
 pub mod manifest;

@@ -9,6 +9,7 @@ mod input;
 mod loader;
 mod matrix;
 mod peers;
+mod restored;
 mod tcp;
 mod vne;
 mod whole;
@@ -68,6 +69,14 @@ const PV: &[Check] = &[
         run: failure::restore_is_all_or_none,
     },
     Check {
+        name: "what_restored_members_send_waits_until_all_are_connected",
+        run: restored::frames_wait,
+    },
+    Check {
+        name: "a_restore_killed_while_frames_wait_leaves_no_hold_and_all_run",
+        run: restored::killed_while_frames_wait,
+    },
+    Check {
         name: "a_full_disk_fails_the_take_and_harms_nobody",
         run: failure::full_disk,
     },
@@ -90,6 +99,14 @@ const TWO_HOSTS: &[Check] = &[
     Check {
         name: "skew_over_two_hosts_is_small_and_downtime_is_as_alone",
         run: across::skew_and_downtime,
+    },
+    Check {
+        name: "what_members_restored_on_two_hosts_send_waits_until_all_are_connected",
+        run: restored::frames_wait,
+    },
+    Check {
+        name: "a_restore_on_two_hosts_killed_while_frames_wait_leaves_no_hold_and_all_run",
+        run: restored::killed_while_frames_wait,
     },
     Check {
         name: "a_tcp_stream_between_hosts_goes_on_through_20_snapshots",

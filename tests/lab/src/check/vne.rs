@@ -203,6 +203,17 @@ impl Vne {
         serde_json::from_str(&text).with_context(|| format!("take printed {text}"))
     }
 
+    /// How many hosts there are.
+    pub fn hosts(&self) -> usize {
+        self.placement.hosts
+    }
+
+    /// The members on a host.
+    pub fn members_on(&self, host: usize) -> impl Iterator<Item = &Member> {
+        let here = move |member: &&Member| member.host == host;
+        self.placement.members().filter(here)
+    }
+
     /// Destroys all members, on whichever host they are.
     pub fn destroy(&self) -> Result<()> {
         let names: Vec<&str> = self.placement.members().map(|m| m.name).collect();
@@ -316,7 +327,7 @@ impl Vne {
         // The lab has a table of its own, and one test cuts the wire with one.
         self.silent(
             host,
-            "ip -br link | grep vneh; nft list tables | grep -vE 'netdev (lab|cut)$'; true",
+            "ip -br link | grep 'vne[hp]'; nft list tables | grep -vE 'netdev (lab|cut)$'; true",
             "a hold is left",
         )
     }
@@ -362,8 +373,7 @@ impl Vne {
     pub fn run_on(&self, host: usize) -> Result<()> {
         let told = self.sh_on(host, "pgrep -fc '/xl (create|restore) '; xl list")?;
         let (monitors, list) = told.split_once('\n').unwrap_or_default();
-        let here = |member: &&Member| member.host == host;
-        let members: Vec<&Member> = self.placement.members().filter(here).collect();
+        let members: Vec<&Member> = self.members_on(host).collect();
         ensure!(
             monitors.trim() == members.len().to_string(),
             "host {host}: there are {} monitors of xl's",

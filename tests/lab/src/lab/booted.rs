@@ -31,16 +31,28 @@ pub const DOM0_WEIGHT: u32 = 4096;
 /// static key for ingress hooks stays on. Switching it patches code that other
 /// processors run, and the emulator may go on executing the breakpoint that
 /// stands there meanwhile: a processor of dom0 then hangs for ever at the first
-/// branch of `__netif_receive_skb_core`.
+/// branch of `__netif_receive_skb_core`. For the same reason there is a tc hook
+/// that does nothing, and a process that wants to know when packets came and asks
+/// for none.
 const SETTLE: &str = "set -e
 timeout 300 systemctl is-system-running --wait >/dev/null || {
     systemctl --failed --no-legend
     systemctl is-system-running | grep -qx degraded
 }
-modprobe -a xen-netback xen-blkback sch_plug ifb nf_tables nft_fwd_netdev
+modprobe -a xen-netback xen-blkback sch_plug ifb nf_tables nft_fwd_netdev \\
+    tun dummy bridge vxlan sch_ingress cls_matchall act_mirred cls_bpf
 xl sched-credit2 -d Domain-0 -w \"$DOM0_WEIGHT\"
 nft add table netdev lab
 nft add chain netdev lab keep '{ type filter hook ingress device lo priority 0; }'
+tc qdisc add dev lo clsact
+setsid perl -e '
+    use Socket;
+    socket(my $s, PF_INET, SOCK_DGRAM, 0) or die;
+    setsockopt($s, SOL_SOCKET, 35, pack(\"i\", 1)) or die; # SO_TIMESTAMPNS
+    sleep while 1;
+' </dev/null >/dev/null 2>&1 &
+sleep 1
+kill -0 $!
 xl info >/dev/null
 xl list >/dev/null
 sync";
