@@ -37,7 +37,7 @@ timeout 300 systemctl is-system-running --wait >/dev/null || {
     systemctl --failed --no-legend
     systemctl is-system-running | grep -qx degraded
 }
-modprobe -a xen-netback xen-blkback sch_plug ifb nf_tables nft_fwd_netdev
+modprobe -a xen-netback xen-blkback sch_plug ifb nf_tables nft_fwd_netdev vxlan bridge macvlan
 xl sched-credit2 -d Domain-0 -w \"$DOM0_WEIGHT\"
 nft add table netdev lab
 nft add chain netdev lab keep '{ type filter hook ingress device lo priority 0; }'
