@@ -7,6 +7,7 @@ mod hostile;
 mod input;
 mod loader;
 mod matrix;
+mod network;
 mod peers;
 mod tcp;
 mod vne;
@@ -89,6 +90,10 @@ const TWO_HOSTS: &[Check] = &[
     Check {
         name: "a_tcp_stream_between_hosts_goes_on_through_20_snapshots",
         run: tcp::stream_goes_on,
+    },
+    Check {
+        name: "networks_of_two_vnes_with_the_same_addresses_stay_apart",
+        run: network::side_by_side,
     },
     Check {
         name: "whatever_fails_over_two_hosts_harms_nobody",

@@ -157,12 +157,7 @@ impl Guest {
              vcpus = {}\n\
              vif = [ \"mac=00:16:3e:{:02x}:{:02x}:{:02x},{bridge}\" ]\n\
              on_crash = \"destroy\"\n",
-            self.memory_mib,
-            self.memory_mib,
-            self.vcpus,
-            mac[0],
-            mac[1],
-            mac[2],
+            self.memory_mib, self.memory_mib, self.vcpus, mac[0], mac[1], mac[2],
         )
     }
 
