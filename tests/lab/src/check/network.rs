@@ -42,12 +42,12 @@ fn in_turn(vne: &Vne) -> Result<String> {
     answers(vne)?;
     let manifest = vne.take_on(0, VNES[0])?;
     ensure!(manifest["members"].as_array().map(Vec::len) == Some(2));
-    apart(vne)?;
+    followed(vne)?;
     killed(vne)?;
     gone(vne)?;
     Ok(format!(
         "  two VNEs with the same addresses on both hosts: {passed} full frames seen in dom0, each \
-         on its own VNE's interfaces only; a take of one; a killed script made good for; nothing \
+         on its own VNE's interfaces only; a take of one; peers followed; a killed script made good for; nothing \
          left of either"
     ))
 }
@@ -205,6 +205,18 @@ fn asked(vne: &Vne, of: &str, ip: &str) -> Result<Value> {
          ip netns exec probe vne-guest ask {ip} --tries 10"
     ))?;
     serde_json::from_str(&text).context(text)
+}
+
+/// Frames stop going to a host that is no peer for a VNE any more, and go there again
+/// once it is.
+fn followed(vne: &Vne) -> Result<()> {
+    let [red, blue] = VNES;
+    peers::trust(vne, 0, 1, &[NAME, blue])?;
+    ensure!(net(vne, 0, red)?.pointer("/0/tunnel") == Some(&Value::Null));
+    ensure!(net(vne, 0, blue)?.pointer("/0/tunnel/peers/0").is_some());
+    peers::trust(vne, 0, 1, &[NAME, red, blue])?;
+    shown(vne)?;
+    apart(vne).map(drop)
 }
 
 /// A script that is killed between its steps leaves what the next one uses.
