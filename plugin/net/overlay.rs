@@ -428,9 +428,8 @@ impl Network {
                 }
                 return Ok(here.clone());
             }
-            // The relay goes with it.
-            links::remove(rtnl, vxlan, here.index)?;
         }
+        self.remove_tunnel(rtnl)?;
         let taken = |link: &&Link| {
             let other = link.vxlan.filter(|_| link.name != *vxlan);
             other.is_some_and(|other| (other.vni, other.port) == (wanted.vni, wanted.port))
@@ -501,10 +500,13 @@ impl Network {
 
     fn remove_tunnel(&self, rtnl: &mut Rtnl) -> Result<(), Error> {
         let all = links::all(rtnl)?;
-        match self.ours(&all, &self.names.vxlan) {
-            Some(vxlan) => links::remove(rtnl, &vxlan.name, vxlan.index),
-            None => Ok(()),
+        // The relay goes with the device that it lies on, if that is ours.
+        for name in [&self.names.vxlan, &self.names.relay] {
+            if let Some(link) = self.ours(&all, name) {
+                links::remove(rtnl, name, link.index)?;
+            }
         }
+        Ok(())
     }
 
     /// Has frames go to these peers, and to no others.

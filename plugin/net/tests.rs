@@ -437,4 +437,9 @@ fn killed_between_any_two_steps_it_is_repaired_or_removed() {
         }
     }
     assert!(steps > 20, "only {steps} steps");
+
+    // However it came to lie on something else.
+    host.sh("ip link add link u0 name vu-lab type macvlan && ip link set vu-lab alias xl-vne:lab");
+    host.up(&lab, &there).unwrap();
+    assert_eq!(host.seen(), whole);
 }

@@ -17,7 +17,7 @@ const IPS: [&str; 2] = ["10.88.0.1", "10.88.0.2"];
 const PROBE_IP: &str = "10.88.9.9";
 /// An Ethernet frame that is full.
 const FULL_FRAME: u64 = 1514;
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(90);
 /// The script, killed between its steps: when the network is there and the card
 /// isn't on it, and before it has removed anything.
 const KILLED: &str = "sed -e 's/^    setup_virtual_bridge_port.*/    kill -9 $$/' \
