@@ -205,7 +205,10 @@ fn name_hash(host: usize, name: &str) -> [u8; 4] {
 /// Builds the static program `vne-guest` and returns its path.
 pub fn binary(cache: &Cache) -> Result<PathBuf> {
     let target = "x86_64-unknown-linux-gnu";
-    let dir = cache.dir("guest-target")?;
+    // One for each checkout: cargo takes a program that was built from another
+    // one's newer sources for that of this one.
+    let checkout = Key::new("checkout").with("path", workspace().display().to_string());
+    let dir = cache.dir(&format!("guest-target-{}", checkout.finish()))?;
     let log = dir.join("build.log");
     // Only the last run is of interest; it's fine when there was none.
     let _ = std::fs::remove_file(&log);
