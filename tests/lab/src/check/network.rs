@@ -196,7 +196,7 @@ fn answers(vne: &Vne) -> Result<()> {
 /// What a guest tells somebody on the first host who is on its network.
 fn asked(vne: &Vne, of: &str, ip: &str) -> Result<Value> {
     let text = vne.sh(&format!(
-        "set -e; trap 'ip netns del probe' EXIT; ip netns add probe; \
+        "set -e; trap 'ip link del probe; ip netns del probe' EXIT; ip netns add probe; \
          ip link add name probe type veth peer name eth0 netns probe; \
          echo 1 > /proc/sys/net/ipv6/conf/probe/disable_ipv6; \
          ip link set probe master vne-{of} up; \
