@@ -157,10 +157,9 @@ impl PacketSocket {
     /// Starts seeing them; a wait for one ends after 100 ms.
     pub fn open(interface: &str) -> Result<Self, String> {
         let failed = || format!("cannot listen to {interface}: {}", Error::last_os_error());
-        let every = (libc::ETH_P_ALL as u16).to_be();
+        // No protocol yet: until it's bound, it would see all interfaces' frames.
         // SAFETY: no memory is involved.
-        let socket =
-            unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW, libc::c_int::from(every)) };
+        let socket = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW, 0) };
         if socket < 0 {
             return Err(failed());
         }
@@ -170,7 +169,7 @@ impl PacketSocket {
         // SAFETY: all-zero is a valid sockaddr_ll.
         let mut place: libc::sockaddr_ll = unsafe { mem::zeroed() };
         place.sll_family = libc::AF_PACKET as libc::c_ushort;
-        place.sll_protocol = every;
+        place.sll_protocol = (libc::ETH_P_ALL as u16).to_be();
         // SAFETY: the name is NUL-terminated and lives through the call.
         place.sll_ifindex = unsafe { libc::if_nametoindex(name.as_ptr()) } as libc::c_int;
         if place.sll_ifindex == 0 {
