@@ -54,6 +54,9 @@ fn bound_waits(socket: RawFd) -> Result<(), Error> {
 pub struct Rtnl {
     socket: Socket,
     sequence: u32,
+    /// After how many requests its process would have been killed.
+    #[cfg(test)]
+    pub(super) requests_left: Option<u32>,
 }
 
 impl Rtnl {
@@ -62,6 +65,8 @@ impl Rtnl {
         Ok(Self {
             socket: connect(NETLINK_ROUTE)?,
             sequence: 0,
+            #[cfg(test)]
+            requests_left: None,
         })
     }
 
@@ -103,6 +108,12 @@ impl Rtnl {
         message: RouteNetlinkMessage,
         flags: u16,
     ) -> Result<Vec<RouteNetlinkMessage>, Error> {
+        #[cfg(test)]
+        if let Some(left) = &mut self.requests_left {
+            *left = left
+                .checked_sub(1)
+                .ok_or_else(|| Error::Answer(format!("{what}: killed")))?;
+        }
         self.sequence = self.sequence.wrapping_add(1);
         let mut request = NetlinkMessage::from(message);
         request.header.flags = flags | NLM_F_REQUEST;

@@ -8,6 +8,7 @@ mod hostile;
 mod input;
 mod loader;
 mod matrix;
+mod network;
 mod peers;
 mod restored;
 mod tcp;
@@ -115,6 +116,10 @@ const TWO_HOSTS: &[Check] = &[
     Check {
         name: "a_tcp_stream_between_hosts_is_restored_in_the_middle",
         run: tcp::stream_is_restored,
+    },
+    Check {
+        name: "networks_of_two_vnes_with_the_same_addresses_stay_apart",
+        run: network::side_by_side,
     },
     Check {
         name: "whatever_fails_over_two_hosts_harms_nobody",

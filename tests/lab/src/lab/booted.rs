@@ -40,7 +40,7 @@ timeout 300 systemctl is-system-running --wait >/dev/null || {
     systemctl is-system-running | grep -qx degraded
 }
 modprobe -a xen-netback xen-blkback sch_plug ifb nf_tables nft_fwd_netdev \\
-    tun dummy bridge vxlan sch_ingress cls_matchall act_mirred cls_bpf
+    tun bridge vxlan macvlan sch_ingress cls_bpf
 xl sched-credit2 -d Domain-0 -w \"$DOM0_WEIGHT\"
 nft add table netdev lab
 nft add chain netdev lab keep '{ type filter hook ingress device lo priority 0; }'
