@@ -17,13 +17,12 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use netlink_packet_core::{DefaultNla, NLM_F_CREATE, NLM_F_EXCL};
-use netlink_packet_route::link::{
-    InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, State, Stats64,
-};
+use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage, State, Stats64};
 use netlink_packet_route::tc::{TcAttribute, TcHandle, TcMessage, TcStats2};
 use netlink_packet_route::RouteNetlinkMessage;
 use serde::{Deserialize, Serialize};
 
+use super::links;
 use super::tap::Tap;
 use super::{Error, Frame, Nft, Rtnl};
 
@@ -289,8 +288,6 @@ impl Hold {
     ) -> Result<Self, Error> {
         let ifb = &record.ifb;
         let mut link = LinkMessage::default();
-        link.header.flags = LinkFlags::Up;
-        link.header.change_mask = LinkFlags::Up;
         link.attributes.push(LinkAttribute::IfName(ifb.clone()));
         link.attributes
             .push(LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Ifb)]));
@@ -300,6 +297,10 @@ impl Hold {
             NLM_F_CREATE | NLM_F_EXCL,
         )?;
         let ifb_index = require_index(ifb)?;
+        // What this host itself sends to it unasked would wait, and be recorded,
+        // among the guest's frames.
+        links::keep_out(rtnl, ifb, ifb_index)?;
+        links::start(rtnl, ifb, ifb_index)?;
 
         // Open before the first frame comes: a new plug holds.
         rtnl.ack(

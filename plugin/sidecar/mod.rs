@@ -14,6 +14,7 @@
 mod acting;
 pub mod admin;
 pub mod conf;
+pub mod copy;
 mod error;
 pub mod files;
 pub mod guard;

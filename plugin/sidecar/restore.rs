@@ -14,6 +14,7 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::copy;
 use super::error::Error;
 use super::guard::{BUILDER_END_MAX, KILLED_END_MAX};
 use super::held::{self, Held, Recorded};
@@ -44,6 +45,9 @@ pub struct RestoreRequest {
     /// The host that leads the restore and what that is called, if there are
     /// several hosts.
     pub joint: Option<(Name, Joint)>,
+    /// Not the members themselves, but copies: what the VNE that they make up is
+    /// called.
+    pub copy: Option<Name>,
     /// Leave the members paused when all are built. What was recorded of their
     /// frames is left out then: it would have to wait for as long as they do.
     pub paused: bool,
@@ -135,41 +139,47 @@ pub(super) fn build(
     let register = Register::open(&request.run_dir)?;
     sweep(&request.program, &register)?;
     let manifest = snapshot.manifest();
-    let names: Vec<&str> = manifest.members_here().map(|m| m.name.as_str()).collect();
-    refuse_existing(&request.program, &names)?;
     // Every header and index is read and checked before the first domain is
     // built; each page is checked as it's read.
-    let members = names
-        .iter()
-        .map(|name| {
-            let reader = snapshot.member(&Name::new(name)?)?;
-            let source = move |pipe: Pipe| {
-                reader.write_save_file(BufWriter::with_capacity(1 << 20, pipe), None)
-            };
-            Ok(((*name).to_owned(), source))
-        })
-        .collect::<Result<Vec<_>, Error>>()?;
-    let recorded = names
-        .iter()
-        .map(|name| {
-            Ok(Recorded {
-                member: (*name).to_owned(),
-                frames: recorded(snapshot, &Name::new(name)?)?,
-            })
-        })
-        .collect::<Result<Vec<_>, Error>>()?;
+    let mut domains = Vec::new();
+    let mut members = Vec::new();
+    let mut frames = Vec::new();
+    for entry in manifest.members_here() {
+        let reader = snapshot.member(&entry.name)?;
+        let (name, uuid, config) = match &request.copy {
+            None => (entry.name.clone(), entry.uuid.clone(), None),
+            Some(copy) => {
+                let member = copy::member(copy, &entry.name, reader.config_json())?;
+                (member.name, member.uuid, Some(member.config_json))
+            }
+        };
+        let source = move |pipe: Pipe| {
+            let pipe = BufWriter::with_capacity(1 << 20, pipe);
+            reader.write_save_file(pipe, config.as_deref())
+        };
+        members.push((name.to_string(), source));
+        frames.push(Recorded {
+            member: name.to_string(),
+            frames: recorded(snapshot, &entry.name)?,
+        });
+        domains.push(JournalDomain {
+            name: name.to_string(),
+            domid: 0,
+            uuid,
+        });
+    }
+    let recorded = frames;
+    let names: Vec<String> = domains.iter().map(|domain| domain.name.clone()).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    refuse_existing(&request.program, &names)?;
 
-    let domain = |member: &crate::image::Member| JournalDomain {
-        name: member.name.to_string(),
-        domid: 0,
-        uuid: member.uuid.clone(),
-    };
+    let vne = request.copy.as_ref().unwrap_or(&manifest.vne);
     let record = Record {
-        vne: manifest.vne.to_string(),
+        vne: vne.to_string(),
         leader: request.joint.as_ref().map(|(leader, _)| leader.to_string()),
         pid: std::process::id(),
         store: request.store.clone(),
-        domains: manifest.members_here().map(domain).collect(),
+        domains,
         asked: false,
         workers: Vec::new(),
         holds: Vec::new(),
@@ -177,6 +187,7 @@ pub(super) fn build(
         restore: Some(RestoreStage::Building),
         joint: request.joint.as_ref().map(|(_, joint)| joint.clone()),
     };
+
     let mut journal = register.enter(record)?;
     start_guard(&request.program, &journal)?;
 

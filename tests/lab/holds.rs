@@ -183,7 +183,8 @@ fn through(
 fn overflow(hold: &Hold, rtnl: &mut Rtnl, sender: &Raw) -> Result<()> {
     let say = |error| sentence(&error);
     hold.block(rtnl).map_err(say)?;
-    let more = LIMIT_BYTES as usize / FRAME_BYTES + 10;
+    // A tag that stands beside its frame doesn't count.
+    let more = LIMIT_BYTES as usize / (FRAME_BYTES - 4) + 10;
     send_all(sender, &(0..more).map(frame).collect::<Vec<_>>())?;
     std::thread::sleep(Duration::from_millis(100));
     let counters = hold.counters(rtnl).map_err(say)?;
@@ -252,6 +253,21 @@ impl Raw {
         }
         // SAFETY: the descriptor was just made and belongs to nobody else.
         let socket = unsafe { OwnedFd::from_raw_fd(socket) };
+        // What is held counts as not sent yet.
+        let bytes: libc::c_int = 64 << 20;
+        // SAFETY: the value is an int that outlives the call, passed with its size.
+        let set = unsafe {
+            libc::setsockopt(
+                socket.as_raw_fd(),
+                libc::SOL_SOCKET,
+                libc::SO_SNDBUFFORCE,
+                std::ptr::from_ref(&bytes).cast(),
+                std::mem::size_of_val(&bytes) as libc::socklen_t,
+            )
+        };
+        if set != 0 {
+            return Err(failed("SO_SNDBUFFORCE"));
+        }
         let address = libc::sockaddr_ll {
             sll_family: libc::AF_PACKET as u16,
             sll_protocol: protocol,

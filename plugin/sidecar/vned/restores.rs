@@ -262,6 +262,7 @@ impl Daemon {
             run_dir: self.run_dir.clone(),
             program: self.program.clone(),
             joint: Some((leader.clone(), joint)),
+            copy: None,
             paused,
         };
         std::thread::spawn(move || {

@@ -58,8 +58,12 @@ const PV: &[Check] = &[
         run: whole::save_file_is_refused,
     },
     Check {
-        name: "ten_restores_never_show_two_tokens_or_one_from_the_future",
+        name: "ten_restores_have_exactly_one_token_each",
         run: whole::ten_restores,
+    },
+    Check {
+        name: "copies_under_another_name_run_beside_the_originals",
+        run: whole::copy_beside,
     },
     Check {
         name: "killed_at_any_phase_everybody_runs_within_5_s",
@@ -94,7 +98,7 @@ const TWO_HOSTS: &[Check] = &[
         run: across::ring_turns,
     },
     Check {
-        name: "ten_snapshots_over_two_hosts_are_restored_with_one_token_at_most",
+        name: "ten_snapshots_over_two_hosts_are_restored_with_exactly_one_token",
         run: across::ten_restores,
     },
     Check {

@@ -8,6 +8,7 @@ use anyhow::{ensure, Result};
 use serde_json::Value;
 
 use super::vne::{self, number, Member, Vne};
+use super::whole::recorded;
 use super::{across, peers};
 
 const SERVER: Member = Member {
@@ -120,7 +121,7 @@ fn describe(vne: &Vne) -> Result<Account> {
 }
 
 /// Restores of a stream in the middle, over two hosts.
-const RESTORES: usize = 3;
+const RESTORES: usize = 2;
 
 /// Both ends are destroyed and restored: the connection goes on, and nothing had
 /// to be sent again.
@@ -159,13 +160,6 @@ fn through_restores(vne: &Vne) -> Result<String> {
         before = after;
     }
     Ok(told.trim_end().to_owned())
-}
-
-/// How many frames a snapshot has recorded.
-pub fn recorded(manifest: &Value) -> u64 {
-    let members = manifest["members"].as_array();
-    let frames = |member: &Value| member["recorded"]["frames"].as_u64();
-    members.into_iter().flatten().filter_map(frames).sum()
 }
 
 fn through_snapshots(vne: &Vne) -> Result<String> {

@@ -32,8 +32,7 @@ pub const DOM0_WEIGHT: u32 = 4096;
 /// processors run, and the emulator may go on executing the breakpoint that
 /// stands there meanwhile: a processor of dom0 then hangs for ever at the first
 /// branch of `__netif_receive_skb_core`. For the same reason there is a tc hook
-/// that does nothing, and a process that wants to know when packets came and asks
-/// for none.
+/// that does nothing.
 const SETTLE: &str = "set -e
 timeout 300 systemctl is-system-running --wait >/dev/null || {
     systemctl --failed --no-legend
@@ -45,14 +44,6 @@ xl sched-credit2 -d Domain-0 -w \"$DOM0_WEIGHT\"
 nft add table netdev lab
 nft add chain netdev lab keep '{ type filter hook ingress device lo priority 0; }'
 tc qdisc add dev lo clsact
-setsid perl -e '
-    use Socket;
-    socket(my $s, PF_INET, SOCK_DGRAM, 0) or die;
-    setsockopt($s, SOL_SOCKET, 35, pack(\"i\", 1)) or die; # SO_TIMESTAMPNS
-    sleep while 1;
-' </dev/null >/dev/null 2>&1 &
-sleep 1
-kill -0 $!
 xl info >/dev/null
 xl list >/dev/null
 sync";
