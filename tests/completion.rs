@@ -164,6 +164,8 @@ fn member(name: &str) -> Result<Member, Box<dyn Error>> {
         stream_bytes: 300_000_000,
         diverged: false,
         throttled_to: None,
+        late_frames: 0,
+        recorded: None,
         uncaptured_disks: Vec::new(),
         image: MemberImage {
             stats: MemberStats::default(),

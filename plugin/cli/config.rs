@@ -9,9 +9,10 @@ use super::xlcfg::{XlConfig, CONFIG_BYTES_MAX};
 use super::{Failure, Host};
 use crate::cut::OnDivergence;
 use crate::image::Name;
+use crate::net::overlay::{Settings, VNI_MAX};
 
 /// All keys.
-const KEYS: [&str; 7] = [
+const KEYS: [&str; 9] = [
     "members",
     "store",
     "hold_kib",
@@ -19,6 +20,8 @@ const KEYS: [&str; 7] = [
     "last_copy_ms",
     "diverging",
     "memory_only",
+    "vni",
+    "vxlan_port",
 ];
 
 /// What the file may say. What it doesn't say is `None`.
@@ -38,6 +41,8 @@ pub struct VneConfig {
     pub diverging: Option<OnDivergence>,
     /// Whether to leave out what is on the members' disks.
     pub memory_only: bool,
+    /// About its own network, if it has one.
+    pub network: Settings,
 }
 
 impl VneConfig {
@@ -105,6 +110,12 @@ impl VneConfig {
             last_copy_ms: config.number(c"last_copy_ms", 1, 60_000)?,
             diverging,
             memory_only: config.number(c"memory_only", 0, 1)? == Some(1),
+            network: Settings {
+                vni: config.number(c"vni", 1, VNI_MAX)?,
+                port: config
+                    .number(c"vxlan_port", 1, u32::from(u16::MAX))?
+                    .and_then(|port| u16::try_from(port).ok()),
+            },
         })
     }
 }
@@ -115,7 +126,17 @@ mod tests {
 
     #[test]
     fn all_keys_are_read() -> Result<(), String> {
-        let values = ["[ \"a\" ]", "\"/x\"", "16", "1", "1", "\"go\"", "1"];
+        let values = [
+            "[ \"a\" ]",
+            "\"/x\"",
+            "16",
+            "1",
+            "1",
+            "\"go\"",
+            "1",
+            "2",
+            "3",
+        ];
         let text: String = KEYS
             .iter()
             .zip(values)
@@ -126,6 +147,8 @@ mod tests {
         assert!(config.precopy_max_s.is_some() && config.last_copy_ms.is_some());
         assert_eq!(config.diverging, Some(OnDivergence::Go));
         assert!(config.memory_only);
+        let (vni, port) = (Some(2), Some(3));
+        assert_eq!(config.network, Settings { vni, port });
         Ok(())
     }
 
@@ -142,6 +165,7 @@ mod tests {
             last_copy_ms: Some(20),
             diverging: Some(OnDivergence::Go),
             memory_only: false,
+            network: Settings::default(),
         };
         assert_eq!(config, expected);
         Ok(())

@@ -6,6 +6,7 @@ mod config;
 mod export;
 mod hostconf;
 mod list;
+mod net;
 mod peer;
 mod progress;
 mod remove;
@@ -92,6 +93,8 @@ enum Verb {
     Show(show::Arguments),
     /// Show what goes on
     Status(status::Arguments),
+    /// Show the networks of VNEs on this host
+    Net(net::Arguments),
     /// Bring all members of a snapshot back
     Restore(restore::Arguments),
     /// Delete snapshots
@@ -128,6 +131,7 @@ pub fn main(host: &Host, arguments: Vec<OsString>) -> c_int {
         Verb::List(arguments) => list::run(host, arguments),
         Verb::Show(arguments) => show::run(host, arguments),
         Verb::Status(arguments) => status::run(host, arguments),
+        Verb::Net(arguments) => net::run(host, arguments),
         Verb::Restore(arguments) => restore::run(host, arguments),
         Verb::Remove(arguments) => remove::run(host, arguments),
         Verb::Export(arguments) => export::run(host, arguments),

@@ -5,8 +5,9 @@ use std::io::{Read, Write};
 use std::path::Path;
 
 use super::{print, Failure, Host, SnapshotName, StoreArgument};
-use crate::image::Manifest;
+use crate::image::{Manifest, Name};
 use crate::sidecar::admin::Daemon;
+use crate::sidecar::copy;
 use crate::sidecar::restore::{self, Progress, RestoreRequest};
 use crate::sidecar::rpc::SnapshotRef;
 use crate::stream::is_save_file;
@@ -20,6 +21,10 @@ pub struct Arguments {
     /// Say what would be done, and do nothing (as 'xl -N')
     #[arg(short = 'N', long)]
     dry_run: bool,
+    /// Make copies of the members, called NEW-MEMBER, on a network of their
+    /// own: the members themselves may go on
+    #[arg(long = "as", value_name = "NEW")]
+    copy: Option<Name>,
     /// Leave the members paused
     #[arg(short, long)]
     paused: bool,
@@ -68,12 +73,18 @@ pub fn run(host: &Host, arguments: &Arguments) -> Result<(), Failure> {
             error
         }
     })?;
+    if arguments.copy.as_ref() == Some(&name.vne) {
+        return Err(format!(
+            "a copy of VNE '{0}' can't be called '{0}': they'd be on one network",
+            name.vne
+        )
+        .into());
+    }
     if arguments.dry_run || host.dry_run {
         let manifest = snapshot.manifest();
-        let members: Vec<&str> = manifest.members.iter().map(|m| m.name.as_str()).collect();
         return print(&format!(
             "Would restore {} from {}@{}.\n",
-            members.join(", "),
+            names(manifest, arguments.copy.as_ref())?.join(", "),
             manifest.vne,
             manifest.id
         ));
@@ -83,6 +94,7 @@ pub fn run(host: &Host, arguments: &Arguments) -> Result<(), Failure> {
         run_dir: host.run_dir.clone(),
         program: host.program(),
         joint: None,
+        copy: arguments.copy.clone(),
         paused: arguments.paused,
     };
     warn_of_disks(snapshot.manifest());
@@ -93,6 +105,13 @@ pub fn run(host: &Host, arguments: &Arguments) -> Result<(), Failure> {
     let elsewhere = manifest.members.iter().find(|m| m.host != manifest.host);
     match elsewhere {
         None => restore::restore(&request, &snapshot, &mut printer)?,
+        Some(member) if arguments.copy.is_some() => {
+            return Err(format!(
+                "'{}' is on host '{}', and copies (--as) can be made of members on one host only",
+                member.name, member.host
+            )
+            .into());
+        }
         Some(member) => {
             let what = format!("'{}' is on host '{}'", member.name, member.host);
             let wanted = SnapshotRef {
@@ -104,6 +123,15 @@ pub fn run(host: &Host, arguments: &Arguments) -> Result<(), Failure> {
         }
     }
     Ok(())
+}
+
+/// What the restored domains are called.
+fn names(manifest: &Manifest, copy: Option<&Name>) -> Result<Vec<String>, Failure> {
+    let of = |member: &Name| match copy {
+        None => Ok(member.to_string()),
+        Some(copy) => Ok(copy::name_in(copy, member)?.to_string()),
+    };
+    manifest.members.iter().map(|m| of(&m.name)).collect()
 }
 
 /// What an admin said yes to at the take may be forgotten by now.
@@ -155,8 +183,14 @@ impl Progress for Printer {
         self.say(&format!("  {member}: built"));
     }
 
-    fn released(&mut self) {
-        self.say("released");
+    fn released(&mut self, played: u64) {
+        match played {
+            0 => self.say("released"),
+            1 => self.say("released; 1 frame that was on its way was played back"),
+            _ => self.say(&format!(
+                "released; {played} frames that were on their way were played back"
+            )),
+        }
     }
 }
 

@@ -64,7 +64,15 @@ pub fn describe(manifest: &Manifest) -> String {
         error => format!(" (known within {})", ms(error)),
     };
     let mut notes = String::new();
+    let mut in_flight = 0;
     for member in &manifest.members {
+        in_flight += member.recorded.as_ref().map_or(0, |kept| kept.frames);
+        if member.late_frames > 0 {
+            notes.push_str(&format!(
+                "{} frames came for {} while it was suspended: they aren't in the snapshot.\n",
+                member.late_frames, member.name
+            ));
+        }
         if let Some(cap) = member.throttled_to {
             notes.push_str(&format!(
                 "{} didn't converge and was throttled to {cap}% of a processor.\n",
@@ -80,7 +88,8 @@ pub fn describe(manifest: &Manifest) -> String {
     }
     let label = manifest.label.as_ref().map(|label| format!(", '{label}'"));
     format!(
-        "Snapshot {}@{} of {} on {} (Xen {}){}\n{}{notes}Skew {}{error}, frames held for {}.\n",
+        "Snapshot {}@{} of {} on {} (Xen {}){}\n{}{notes}Skew {}{error}, frames held for {}, {in_flight} of them \
+         recorded.\n",
         manifest.vne,
         manifest.id,
         manifest.created,

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
 
-use super::{start_log, Failure, Host};
+use super::{net, start_log, Failure, Host};
 use crate::domain::recover::recover_domains;
 use crate::domain::worker::{self, Helpers};
 use crate::image::Name;
@@ -44,10 +44,18 @@ enum Work {
     Cap { caps: Vec<String> },
     /// Destroy domains that were built paused, each given as NAME=UUID
     Discard { domains: Vec<String> },
+    /// Print what is known of domains that were built paused, as JSON
+    Facts { domains: Vec<String> },
     /// Set domains running that were built paused
     Release { domains: Vec<String> },
     /// Print what the daemon has to know, as JSON
     Describe { vne: Option<Name> },
+    /// Make a VNE's network on this host, and print the name of its bridge
+    NetUp { vne: Name },
+    /// Remove a VNE's network from this host unless it's in use
+    NetDown { vne: Name },
+    /// Have the networks that are there follow what is configured
+    NetFollow,
 }
 
 /// `xl vne-worker`.
@@ -119,8 +127,20 @@ fn run(host: &Host, work: &Work) -> Result<(), Failure> {
                 building,
             )?)
         }
+        Work::Facts { domains } => {
+            let facts = domains.iter().map(|name| {
+                let mut facts = host.xl.built_facts(name)?;
+                // Not asked for, and it may have passwords.
+                facts.config_json.clear();
+                Ok(facts)
+            });
+            super::print_json(&facts.collect::<Result<Vec<_>, Failure>>()?)
+        }
         Work::Release { domains } => release(host, domains),
         Work::Describe { vne } => super::print_json(&super::describe(host, vne.as_ref())?),
+        Work::NetUp { vne } => net::up(host, vne),
+        Work::NetDown { vne } => net::down(host, vne),
+        Work::NetFollow => net::follow(host),
     }
 }
 

@@ -33,8 +33,10 @@ pub enum HostInput {
     },
     /// All members' frames wait.
     Blocked,
-    /// A member was cut and runs again.
+    /// A member was cut: it's suspended, and what it had sent by then is counted.
     Cut(usize),
+    /// A member runs again.
+    Runs(usize),
     /// The frames go, and none was lost.
     Released,
     /// A member's part is durable.
@@ -85,6 +87,7 @@ pub enum HostAction {
 struct Member {
     converged: bool,
     cut: bool,
+    runs: bool,
     stored: bool,
 }
 
@@ -99,8 +102,10 @@ pub struct Host {
     members: Vec<Member>,
     limits: HostLimits,
     heard_ns: u64,
-    /// When frames go, whatever happens.
+    /// When frames go, and members run, whatever happens.
     hold_until_ns: Option<u64>,
+    /// Frames go.
+    released: bool,
     asked_ns: u64,
     why: Option<String>,
     #[cfg(feature = "mutants")]
@@ -125,6 +130,7 @@ impl Host {
             limits,
             heard_ns: now_ns,
             hold_until_ns: None,
+            released: false,
             asked_ns: now_ns,
             why: None,
             #[cfg(feature = "mutants")]
@@ -217,10 +223,11 @@ impl Host {
             {
                 Vec::new()
             }
-            HostInput::Released => {
-                self.hold_until_ns = None;
-                self.confirm(Phase::Release, Reply::Released)
+            HostInput::Released if self.phase == Phase::Release => {
+                self.released = true;
+                self.all_run()
             }
+            HostInput::Released => self.confirm(Phase::Release, Reply::Released),
             HostInput::Voted => {
                 self.asked_ns = now_ns;
                 self.confirm(Phase::Finalise, Reply::Stored)
@@ -235,6 +242,13 @@ impl Host {
                 Some(member) => {
                     member.cut = true;
                     self.all_cut()
+                }
+                None => self.no_such_member(),
+            },
+            HostInput::Runs(at) => match self.members.get_mut(at) {
+                Some(member) => {
+                    member.runs = true;
+                    self.all_run()
                 }
                 None => self.no_such_member(),
             },
@@ -370,6 +384,15 @@ impl Host {
     fn all_cut(&mut self) -> Vec<HostAction> {
         if self.phase == Phase::Cut && !self.done && self.members.iter().all(|m| m.cut) {
             return self.confirm(Phase::Cut, Reply::Cut);
+        }
+        Vec::new()
+    }
+
+    fn all_run(&mut self) -> Vec<HostAction> {
+        let run = self.members.iter().all(|member| member.runs);
+        if self.phase == Phase::Release && !self.done && self.released && run {
+            self.hold_until_ns = None;
+            return self.confirm(Phase::Release, Reply::Released);
         }
         Vec::new()
     }

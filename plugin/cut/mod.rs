@@ -17,10 +17,10 @@
 //!  HOLD      ─ hold ────► block all holds; the deadline runs
 //!            ◄─ held
 //!  DRAIN     (a pause: what was on its way arrives)
-//!  CUT       ─ cut ─────► ────────────────────────────────► suspend, last pages, resume
-//!            ◄─ cut, when all have been
+//!  CUT       ─ cut ─────► ────────────────────────────────► suspend
+//!            ◄─ cut, when all stand still                    last pages, resume
 //!  RELEASE   ─ release ─► let the frames go
-//!            ◄─ released, if they were held all the time
+//!            ◄─ released, if they were held all the time, when all members run
 //!  FINALISE  ─ finalise ► ────────────────────────────────► write out, sync
 //!            ◄─ stored: all of it is durable, and so is that it waits
 //!  COMMIT    decide: the manifest is durable. The snapshot exists.
@@ -90,9 +90,9 @@ pub enum Phase {
     Hold,
     /// Letting arrive what was already on its way.
     Drain,
-    /// Suspend, last pages, resume.
+    /// Suspending the members.
     Cut,
-    /// Letting the frames go.
+    /// Letting the frames go, and the members run.
     Release,
     /// Making the parts durable while the guests run.
     Finalise,
@@ -107,6 +107,11 @@ pub enum Phase {
 }
 
 impl Phase {
+    /// Whether frames are held, or about to be released.
+    pub fn holds(self) -> bool {
+        (Self::Hold..=Self::Release).contains(&self)
+    }
+
     /// Whether nothing more will happen.
     pub fn is_over(self) -> bool {
         matches!(self, Self::Done | Self::Failed)

@@ -50,11 +50,20 @@ fn host(until: Phase) -> Host {
         (Phase::Hold, vec![order(Order::Hold), HostInput::Blocked]),
         (
             Phase::Cut,
-            vec![order(Order::Cut), HostInput::Cut(1), HostInput::Cut(0)],
+            vec![
+                order(Order::Cut),
+                HostInput::Cut(1),
+                HostInput::Runs(1),
+                HostInput::Cut(0),
+            ],
         ),
         (
             Phase::Release,
-            vec![order(Order::Release), HostInput::Released],
+            vec![
+                order(Order::Release),
+                HostInput::Released,
+                HostInput::Runs(0),
+            ],
         ),
         (
             Phase::Finalise,
@@ -99,8 +108,12 @@ fn a_host_says_cut_and_stored_only_when_all_members_are() {
     // Twice the same member is still one.
     assert_eq!(host.handle(1, HostInput::Cut(1)), []);
     assert_eq!(host.handle(1, HostInput::Cut(0)), [said(Reply::Cut)]);
-    host.handle(1, order(Order::Release));
-    host.handle(1, HostInput::Released);
+    assert_eq!(host.handle(1, order(Order::Release)), [HostAction::Release]);
+    // Frames go while a member's last pages are being copied.
+    assert_eq!(host.handle(1, HostInput::Runs(0)), []);
+    assert_eq!(host.handle(1, HostInput::Released), []);
+    assert!(host.deadline_ns() < Some(HOST_LIMITS.lease_ns));
+    assert_eq!(host.handle(1, HostInput::Runs(1)), [said(Reply::Released)]);
     host.handle(1, order(Order::Finalise));
     assert_eq!(host.handle(1, HostInput::Stored(0)), []);
     assert_eq!(host.handle(1, HostInput::Stored(1)), [HostAction::Vote]);

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::policy::{PolicyConfig, Round};
 use super::DomainFacts;
 use crate::image::MemberImage;
+use crate::net::{HoldRecord, Stopped};
 
 /// Longest line. The longest message holds a domain's configuration: some
 /// 10 KiB each for a few hundred devices.
@@ -27,6 +28,8 @@ pub enum Command {
         policy: PolicyConfig,
         /// Bytes of the last pages to keep in memory at most.
         final_buffer_bytes: usize,
+        /// The holds of the member's vifs.
+        holds: Vec<HoldRecord>,
     },
     /// Suspend, save the rest, resume: now.
     Cut,
@@ -54,7 +57,9 @@ pub enum Event {
         /// Whether what is left is within the policy's aim.
         converged: bool,
     },
-    /// The member was suspended, saved and runs again.
+    /// The member stands still: its cut.
+    Stopped(Stopped),
+    /// It was saved and runs again.
     Cut(CutTimes),
     /// Its part is durable, except for the rename.
     Stored(Box<MemberImage>),

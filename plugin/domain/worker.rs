@@ -13,7 +13,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -28,6 +28,8 @@ use super::xl::Xl;
 use super::DomainFacts;
 use crate::clock::now_ns;
 use crate::image::{MemberHandle, MemberWriter, Name, WriterOptions};
+use crate::net::{self, Stopped as NetStopped, Watched};
+use crate::priority;
 use crate::sentence::sentence;
 use crate::stream::{Ingest, Page, PageType, Place, Sink, XcHeader};
 
@@ -164,6 +166,7 @@ fn prepare_and_capture(
         directory,
         policy,
         final_buffer_bytes,
+        holds,
     }) = first
     else {
         // Called off, or a dry run: nothing was touched.
@@ -187,7 +190,16 @@ fn prepare_and_capture(
     let member = Name::new(&facts.name).map_err(|error| sentence(&error))?;
     let writer =
         MemberWriter::create(&directory, &member, &options).map_err(|error| sentence(&error))?;
-    let (times, writer) = capture(xl, &facts, helper, engine, &orders, policy, writer)?;
+    let watched = Watched::open(&holds).map_err(|error| sentence(&error))?;
+    let (times, writer) = capture(
+        xl,
+        &facts,
+        helper,
+        engine,
+        &orders,
+        policy,
+        (writer, watched),
+    )?;
     messages::send(engine, &Event::Cut(times)).map_err(|error| sentence(&error))?;
 
     if orders.wait_past_cut() == Order::Abort {
@@ -232,7 +244,7 @@ fn capture(
     engine: &UnixStream,
     orders: &Arc<Orders>,
     policy: PolicyConfig,
-    writer: MemberWriter,
+    (writer, watched): (MemberWriter, Watched),
 ) -> Result<(CutTimes, MemberWriter), String> {
     let (stream_out, stream_in) = stream_pipe().map_err(|error| sentence(&error))?;
     let last_pages = LastPages {
@@ -244,6 +256,7 @@ fn capture(
         pages_done_ns: Arc::clone(&last_pages.done_ns),
         orders: Arc::clone(orders),
     };
+    let watched = Arc::new(Mutex::new(watched));
     let reader = spawn_reader(stream_out, sink);
     let monitors = Arc::new(Monitors::find(&facts.name));
     let asked = Arc::new(AtomicBool::new(false));
@@ -258,12 +271,19 @@ fn capture(
         asked: Arc::clone(&asked),
         stopped: false,
         rendezvous: helper.rendezvous,
+        watched: Arc::clone(&watched),
+        at_stop: None,
     };
     let asker = std::thread::spawn(move || asker.serve());
 
     let saved = xl.suspend_live(facts.domid, stream_in.as_fd());
     let saved_ns = now_ns();
     let asked = asked.load(Ordering::Acquire);
+    // The last moment at which all that it has sent was sent before its cut.
+    let sent = watched
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .sent();
     let resumed = run_again(xl, facts, saved.is_ok(), asked);
     let resumed_ns = now_ns();
     monitors.let_go();
@@ -287,6 +307,17 @@ fn capture(
     }
     if !asker.stopped {
         return Err(format!("{}: saved without a suspend", facts.name));
+    }
+    let network = |error| format!("{}: {}", facts.name, sentence(&error));
+    let counted = asker.at_stop.transpose().map_err(network)?;
+    let counted = counted.map_or(0, |stopped| stopped.sent);
+    let uncounted = sent.map_err(network)?.saturating_sub(counted);
+    if uncounted > 0 {
+        return Err(format!(
+            "{}: {uncounted} frames that it had sent before its cut came too late to be recorded \
+             (is dom0 short of processors?)",
+            facts.name
+        ));
     }
     let times = CutTimes {
         pages_done_ns: last_pages.done_ns.load(Ordering::Relaxed),
@@ -444,6 +475,9 @@ struct Asker {
     stopped: bool,
     /// Where members meet at the cut, until the helper has it.
     rendezvous: Option<OwnedFd>,
+    watched: Arc<Mutex<Watched>>,
+    /// Its network when it had stopped.
+    at_stop: Option<Result<NetStopped, net::Error>>,
 }
 
 /// The end of the rendezvous that came as stdout, for the helper to inherit;
@@ -490,6 +524,11 @@ impl Asker {
                 Said::Suspended { stopped } => {
                     self.times.suspended_ns = message.time_ns;
                     self.stopped = stopped;
+                    if stopped {
+                        // Others wait for this; the helper copies pages meanwhile.
+                        priority::urgent(true);
+                        self.look_at_stop();
+                    }
                 }
                 Said::Saved { failed_errno } => {
                     if let Some(errno) = failed_errno {
@@ -499,6 +538,20 @@ impl Asker {
                 }
             }
         }
+    }
+
+    /// Frames may go as soon as the engine knows of this for all members.
+    fn look_at_stop(&mut self) {
+        let watched = self.watched.lock();
+        let mut watched = watched.unwrap_or_else(PoisonError::into_inner);
+        let seen = watched.stopped();
+        if let Ok(seen) = &seen {
+            let told = Event::Stopped(seen.clone());
+            if let Err(error) = messages::send(&self.engine, &told) {
+                log::debug!("cannot report the cut: {error}");
+            }
+        }
+        self.at_stop = Some(seen);
     }
 
     fn decide(&mut self, iteration: u32, dirty_pages: Option<u64>, now: u64) -> Decision {

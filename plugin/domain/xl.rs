@@ -171,13 +171,24 @@ impl Xl {
                 "a guest has to run to answer a suspend request ('xl unpause')",
             ));
         }
+        let mut facts = self.facts(name, domid, state)?;
+        facts.cap = self.cap(domid)?;
+        Ok(facts)
+    }
+
+    /// What is known of a domain that was built and hasn't run yet.
+    pub fn built_facts(&self, name: &str) -> Result<DomainFacts, Error> {
+        let domid = self.find(name)?;
+        self.facts(name, domid, self.state(domid)?)
+    }
+
+    fn facts(&self, name: &str, domid: u32, state: DomainState) -> Result<DomainFacts, Error> {
         let json = self.config_json(domid)?;
         let mut facts =
             DomainFacts::from_config(domid, state.memory_kib, json).map_err(Error::Config)?;
         // Both come from the hypervisor, as the check in recover does.
         facts.uuid = state.uuid;
         facts.name = name.to_owned();
-        facts.cap = self.cap(domid)?;
         Ok(facts)
     }
 

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::error::Error;
 use super::files::{self, Lock};
-use super::manifest::{Manifest, MANIFEST_BYTES_MAX, MANIFEST_NAME};
+use super::manifest::{Manifest, Member, MANIFEST_BYTES_MAX, MANIFEST_NAME};
 use super::name::{Name, SnapshotId};
 use super::reader::MemberReader;
 use super::store::{self, is_not_found, Store};
@@ -240,6 +240,11 @@ impl Snapshot {
     ///
     /// [`Error::NoMember`], [`Error::Damaged`], [`Error::Io`].
     pub fn member(&self, name: &Name) -> Result<MemberReader> {
+        MemberReader::open(&self.dir, self.entry(name)?)
+    }
+
+    /// The entry of a member that is stored here.
+    fn entry(&self, name: &Name) -> Result<&Member> {
         let manifest = &self.manifest;
         let member = manifest.members.iter().find(|member| member.name == *name);
         match member {
@@ -247,13 +252,32 @@ impl Snapshot {
                 member: name.clone(),
                 host: member.host.clone(),
             }),
-            Some(member) => MemberReader::open(&self.dir, member),
+            Some(member) => Ok(member),
             None => Err(Error::NoMember {
                 vne: manifest.vne.clone(),
                 id: manifest.id.clone(),
                 member: name.clone(),
             }),
         }
+    }
+
+    /// What a member had sent before its cut and nobody had seen, as pcapng,
+    /// compared with its hash; none if there was nothing.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoMember`], [`Error::Elsewhere`], [`Error::Damaged`],
+    /// [`Error::Io`].
+    pub fn recorded_frames(&self, name: &Name) -> Result<Option<Vec<u8>>> {
+        let Some(recorded) = &self.entry(name)?.recorded else {
+            return Ok(None);
+        };
+        let path = store::member_dir(&self.dir, name).join(store::FRAMES_NAME);
+        if recorded.file.length > store::FRAMES_BYTES_MAX {
+            let problem = format!("it is longer than {} bytes", store::FRAMES_BYTES_MAX);
+            return Err(Error::damaged(&path, problem));
+        }
+        files::read_checked(&path, &recorded.file).map(Some)
     }
 
     /// Reads everything and compares it with its hashes.
@@ -264,6 +288,7 @@ impl Snapshot {
     pub fn verify(&self) -> Result<()> {
         for member in self.manifest.members_here() {
             MemberReader::open(&self.dir, member)?.verify()?;
+            self.recorded_frames(&member.name)?;
         }
         Ok(())
     }

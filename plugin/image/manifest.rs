@@ -123,8 +123,24 @@ pub struct Member {
     /// in the snapshot.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub uncaptured_disks: Vec<String>,
+    /// Frames that came for it while it was suspended: the running guest got
+    /// them, and they aren't in the snapshot.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub late_frames: u64,
+    /// What it had sent before its cut and nobody had seen.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub recorded: Option<Recorded>,
     /// What is stored.
     pub image: MemberImage,
+}
+
+/// A member's part of the channel state.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Recorded {
+    /// How many frames.
+    pub frames: u64,
+    /// The file that has them, pcapng.
+    pub file: FileFacts,
 }
 
 /// The phases of a member's downtime, in ns.
@@ -320,6 +336,8 @@ pub(crate) mod tests {
             diverged: false,
             throttled_to: None,
             uncaptured_disks: Vec::new(),
+            late_frames: 0,
+            recorded: None,
             image: MemberImage {
                 stats: MemberStats::default(),
                 files: Vec::new(),

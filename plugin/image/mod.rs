@@ -59,8 +59,8 @@ mod tests;
 pub use catalogue::{Catalogue, Damaged, Listing, Snapshot};
 pub use error::Error;
 pub use manifest::{
-    Cut, DomainType, Downtime, FileFacts, Manifest, Member, MemberImage, MemberStats, FORMAT,
-    MANIFEST_BYTES_MAX, MANIFEST_NAME,
+    Cut, DomainType, Downtime, FileFacts, Manifest, Member, MemberImage, MemberStats, Recorded,
+    FORMAT, MANIFEST_BYTES_MAX, MANIFEST_NAME,
 };
 pub use name::{Name, SnapshotId, StoreId, NAME_BYTES_MAX};
 pub use reader::{MemberReader, ReplayError};

@@ -10,7 +10,9 @@ use rustix::fs::statvfs;
 use super::catalogue::Catalogue;
 use super::error::Error;
 use super::files::{self, Lock};
-use super::manifest::{Cut, Manifest, Member, FORMAT, MANIFEST_BYTES_MAX, MANIFEST_NAME};
+use super::manifest::{
+    Cut, FileFacts, Manifest, Member, FORMAT, MANIFEST_BYTES_MAX, MANIFEST_NAME,
+};
 use super::name::{Name, SnapshotId, StoreId};
 use super::Result;
 use crate::stream::CONFIG_BYTES_MAX;
@@ -22,6 +24,10 @@ pub(crate) const CONFIG_NAME: &str = "config.json";
 pub(crate) const RECORDS_NAME: &str = "records";
 pub(crate) const INDEX_NAME: &str = "index";
 pub(crate) const PAGES_NAME: &str = "pages";
+/// What a member had sent and nobody had seen.
+pub(crate) const FRAMES_NAME: &str = "frames.pcapng";
+/// It's read in one piece.
+pub(crate) const FRAMES_BYTES_MAX: u64 = 1 << 30;
 const MEMBERS_NAME: &str = "members";
 const TMP_NAME: &str = "tmp";
 const SNAPSHOTS_NAME: &str = "snapshots";
@@ -483,6 +489,21 @@ impl Take {
         &self.vne
     }
 
+    /// Keeps recorded frames beside a member's files, durable when that member's
+    /// writer finishes.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Unstorable`], [`Error::Io`].
+    pub fn add_frames(&self, member: &Name, bytes: &[u8]) -> Result<FileFacts> {
+        let path = member_dir(&self.dir, member).join(FRAMES_NAME);
+        if bytes.len() as u64 > FRAMES_BYTES_MAX {
+            let problem = format!("they are more than {FRAMES_BYTES_MAX} bytes");
+            return Err(Error::unstorable("recorded frames", problem));
+        }
+        files::write_file(&path, FRAMES_NAME, bytes)
+    }
+
     /// Makes it last: whatever happens from here on, it stays as it is until
     /// [`Take::commit`] or [`Take::discard`]. `vote` is for whoever finds it
     /// with [`Store::in_doubt`]. The members' files are durable already.
@@ -590,18 +611,30 @@ fn check_member_files(dir: &Path, member: &Member) -> Result<()> {
         let Some(facts) = facts else {
             return Err(Error::damaged(&path, "the manifest doesn't name it"));
         };
-        let length = match std::fs::symlink_metadata(&path) {
-            Ok(found) if found.is_file() => found.len(),
-            Ok(_) => return Err(Error::damaged(&path, "it is no file")),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                return Err(Error::damaged(&path, "it is missing"));
-            }
-            Err(error) => return Err(Error::io("look at", &path)(error)),
-        };
-        if length != facts.length {
-            let problem = format!("it has {length} bytes instead of {}", facts.length);
-            return Err(Error::damaged(&path, problem));
+        check_length(&path, facts)?;
+    }
+    match &member.recorded {
+        Some(recorded) if recorded.file.name != FRAMES_NAME => Err(Error::damaged(
+            dir,
+            "its recorded frames are in no known file",
+        )),
+        Some(recorded) => check_length(&dir.join(FRAMES_NAME), &recorded.file),
+        None => Ok(()),
+    }
+}
+
+fn check_length(path: &Path, facts: &FileFacts) -> Result<()> {
+    let length = match std::fs::symlink_metadata(path) {
+        Ok(found) if found.is_file() => found.len(),
+        Ok(_) => return Err(Error::damaged(path, "it is no file")),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            return Err(Error::damaged(path, "it is missing"));
         }
+        Err(error) => return Err(Error::io("look at", path)(error)),
+    };
+    if length != facts.length {
+        let problem = format!("it has {length} bytes instead of {}", facts.length);
+        return Err(Error::damaged(path, problem));
     }
     Ok(())
 }

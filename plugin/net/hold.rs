@@ -17,12 +17,14 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use netlink_packet_core::{DefaultNla, NLM_F_CREATE, NLM_F_EXCL};
-use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
+use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage, State, Stats64};
 use netlink_packet_route::tc::{TcAttribute, TcHandle, TcMessage, TcStats2};
 use netlink_packet_route::RouteNetlinkMessage;
 use serde::{Deserialize, Serialize};
 
-use super::{Error, Nft, Rtnl};
+use super::links;
+use super::tap::Tap;
+use super::{Error, Frame, Nft, Rtnl};
 
 /// Names of our ifb devices start with this.
 pub const IFB_PREFIX: &str = "vneh";
@@ -33,6 +35,8 @@ const DRAIN_MAX: Duration = Duration::from_secs(2);
 
 /// How long nothing must have come through a vif for its redirect to go.
 const QUIET_MIN: Duration = Duration::from_millis(2);
+/// How long to wait for what a stopped member had sent.
+const TAKEN_MAX: Duration = Duration::from_millis(20);
 /// How long to wait for that; frames flow meanwhile.
 const QUIET_WAIT_MAX: Duration = Duration::from_millis(500);
 const LOOK_INTERVAL: Duration = Duration::from_micros(500);
@@ -52,6 +56,9 @@ pub struct HoldRecord {
     pub vif: String,
     /// Our ifb device.
     pub ifb: String,
+    /// Xen's number of the vif.
+    #[serde(default)]
+    pub devid: u32,
 }
 
 impl HoldRecord {
@@ -60,6 +67,7 @@ impl HoldRecord {
         Self {
             vif: vif.to_owned(),
             ifb: format!("{IFB_PREFIX}{domid}.{devid}"),
+            devid,
         }
     }
 
@@ -71,6 +79,7 @@ impl HoldRecord {
         Some(Self {
             vif,
             ifb: format!("{IFB_PREFIX}{domid}.{devid}e"),
+            devid,
         })
     }
 
@@ -88,15 +97,23 @@ impl HoldRecord {
         if let Some(ifb_index) = index_of(&self.ifb) {
             absent_is_fine(plug(rtnl, &self.ifb, ifb_index, Plug::ReleaseIndefinite, 0))?;
             wait_drained(rtnl, &self.ifb, ifb_index);
-            let mut link = LinkMessage::default();
-            link.header.index = ifb_index;
-            absent_is_fine(rtnl.ack(
-                &format!("remove {}", self.ifb),
-                RouteNetlinkMessage::DelLink(link),
-                0,
-            ))?;
         }
-        Ok(())
+        self.discard(rtnl)
+    }
+
+    /// Removes the device with all that is held in it, for a sender that has
+    /// never been. What is already gone is no error.
+    pub fn discard(&self, rtnl: &mut Rtnl) -> Result<(), Error> {
+        let Some(ifb_index) = index_of(&self.ifb) else {
+            return Ok(());
+        };
+        let mut link = LinkMessage::default();
+        link.header.index = ifb_index;
+        absent_is_fine(rtnl.ack(
+            &format!("remove {}", self.ifb),
+            RouteNetlinkMessage::DelLink(link),
+            0,
+        ))
     }
 }
 
@@ -117,6 +134,130 @@ pub struct Hold {
     record: HoldRecord,
     ifb_index: u32,
     limit_bytes: u32,
+    /// Sees what leaves it.
+    tap: Tap,
+}
+
+/// A member's network at its cut.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stopped {
+    /// How many frames waited in each of its holds: what it had sent by then, and
+    /// nobody had seen.
+    pub queued: Vec<u32>,
+    /// How many frames it had sent since its vifs exist.
+    pub sent: u64,
+    /// How many it had been given.
+    pub given: u64,
+}
+
+/// Holds and their vifs, to be looked at when there is no time to lose.
+#[derive(Debug)]
+pub struct Watched {
+    rtnl: Rtnl,
+    ifbs: Vec<(String, u32)>,
+    vifs: Vec<(String, u32)>,
+}
+
+impl Watched {
+    /// Finds them, so that looking takes one message each.
+    pub fn open(records: &[HoldRecord]) -> Result<Self, Error> {
+        let find = |name: &String| Ok::<_, Error>((name.clone(), require_index(name)?));
+        let all = |name: fn(&HoldRecord) -> &String| {
+            let found: Result<Vec<_>, _> = records.iter().map(name).map(find).collect();
+            found
+        };
+        Ok(Self {
+            rtnl: Rtnl::open()?,
+            ifbs: all(|record| &record.ifb)?,
+            vifs: all(|record| &record.vif)?,
+        })
+    }
+
+    /// Looks at a member that has just stopped. What it had left in its rings by
+    /// then is taken from there within moments; whether more comes later is for
+    /// the caller to see.
+    pub fn stopped(&mut self) -> Result<Stopped, Error> {
+        let start = Instant::now();
+        let (mut sent, mut since) = (self.sent()?, start);
+        while since.elapsed() < QUIET_MIN && start.elapsed() < TAKEN_MAX {
+            std::thread::sleep(LOOK_INTERVAL);
+            let now = self.sent()?;
+            if now != sent {
+                (sent, since) = (now, Instant::now());
+            }
+        }
+        let mut queued = Vec::new();
+        for (ifb, index) in &self.ifbs {
+            queued.push(counters(&mut self.rtnl, ifb, *index)?.queued_frames);
+        }
+        let given = self.given()?;
+        Ok(Stopped {
+            queued,
+            sent,
+            given,
+        })
+    }
+
+    /// How many frames have come from the guest, through all its vifs, since
+    /// these exist.
+    pub fn sent(&mut self) -> Result<u64, Error> {
+        self.sum(|stats| stats.rx_packets)
+    }
+
+    /// Waits until nothing comes for the guest any more, or until `deadline`: then
+    /// what was sent before all was held has arrived.
+    pub fn drain(&mut self, deadline: Instant) -> Result<(), Error> {
+        let (mut before, mut since) = (None, Instant::now());
+        while since.elapsed() < QUIET_MIN && Instant::now() < deadline {
+            let seen = (self.given()?, self.waiting());
+            if before != Some(seen) || seen.1 > 0 {
+                (before, since) = (Some(seen), Instant::now());
+            }
+            std::thread::sleep(LOOK_INTERVAL);
+        }
+        Ok(())
+    }
+
+    /// How many frames wait for the guests to have room for them.
+    fn waiting(&mut self) -> u32 {
+        let mut sum = 0u32;
+        for (vif, index) in &self.vifs {
+            // Some queues can't be looked at: those that never hold anything.
+            let queue = counters(&mut self.rtnl, vif, *index);
+            sum = sum.saturating_add(queue.map_or(0, |queue| queue.queued_frames));
+        }
+        sum
+    }
+
+    /// How many frames have been given to the guest, through all its vifs, since
+    /// these exist.
+    pub fn given(&mut self) -> Result<u64, Error> {
+        self.sum(|stats| stats.tx_packets)
+    }
+
+    fn sum(&mut self, of: impl Fn(&Stats64) -> u64) -> Result<u64, Error> {
+        let mut sum = 0u64;
+        for (vif, index) in &self.vifs {
+            let mut request = LinkMessage::default();
+            request.header.index = *index;
+            let what = format!("look at {vif}");
+            let found = self
+                .rtnl
+                .get(&what, RouteNetlinkMessage::GetLink(request))?;
+            let RouteNetlinkMessage::NewLink(link) = found else {
+                return Err(Error::Answer(what));
+            };
+            let count = link
+                .attributes
+                .iter()
+                .find_map(|attribute| match attribute {
+                    LinkAttribute::Stats64(stats) => Some(of(stats)),
+                    _ => None,
+                });
+            sum = sum.saturating_add(count.unwrap_or_default());
+        }
+        Ok(sum)
+    }
 }
 
 impl Hold {
@@ -147,8 +288,6 @@ impl Hold {
     ) -> Result<Self, Error> {
         let ifb = &record.ifb;
         let mut link = LinkMessage::default();
-        link.header.flags = LinkFlags::Up;
-        link.header.change_mask = LinkFlags::Up;
         link.attributes.push(LinkAttribute::IfName(ifb.clone()));
         link.attributes
             .push(LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Ifb)]));
@@ -158,6 +297,10 @@ impl Hold {
             NLM_F_CREATE | NLM_F_EXCL,
         )?;
         let ifb_index = require_index(ifb)?;
+        // What this host itself sends to it unasked would wait, and be recorded,
+        // among the guest's frames.
+        links::keep_out(rtnl, ifb, ifb_index)?;
+        links::start(rtnl, ifb, ifb_index)?;
 
         // Open before the first frame comes: a new plug holds.
         rtnl.ack(
@@ -176,7 +319,13 @@ impl Hold {
             record: record.clone(),
             ifb_index,
             limit_bytes,
+            tap: Tap::open(ifb_index)?,
         })
+    }
+
+    /// What it was built from.
+    pub fn record(&self) -> HoldRecord {
+        self.record.clone()
     }
 
     /// The vif whose frames this holds.
@@ -186,7 +335,22 @@ impl Hold {
 
     /// From here on frames wait. One netlink message.
     pub fn block(&self, rtnl: &mut Rtnl) -> Result<(), Error> {
-        plug(rtnl, &self.record.ifb, self.ifb_index, Plug::Block, 0)
+        plug(rtnl, &self.record.ifb, self.ifb_index, Plug::Block, 0)?;
+        self.tap.listen()
+    }
+
+    /// What has left it until now left before it was blocked, perhaps on another
+    /// processor: it isn't what is recorded.
+    pub fn begin_record(&self) -> Result<(), Error> {
+        self.tap.forget()
+    }
+
+    /// The first `count` frames that left it since [`Hold::begin_record`]; it was
+    /// released, so they have or soon will.
+    pub fn recorded(&self, count: u32, deadline: Instant) -> Result<Vec<Frame>, Error> {
+        let frames = self.tap.first(count as usize, self.record.devid, deadline);
+        self.tap.see_nothing()?;
+        frames
     }
 
     /// Lets all waiting frames go, in order, and later ones pass.
@@ -222,6 +386,11 @@ impl Hold {
     pub fn remove(self, rtnl: &mut Rtnl) -> Result<(), Error> {
         self.record.remove(rtnl)
     }
+
+    /// Removes the hold with all that is in it, after its redirect.
+    pub fn discard(self, rtnl: &mut Rtnl) -> Result<(), Error> {
+        self.record.discard(rtnl)
+    }
 }
 
 fn absent_is_fine(result: Result<(), Error>) -> Result<(), Error> {
@@ -238,7 +407,7 @@ fn index_of(name: &str) -> Option<u32> {
     (index != 0).then_some(index)
 }
 
-fn require_index(name: &str) -> Result<u32, Error> {
+pub(super) fn require_index(name: &str) -> Result<u32, Error> {
     index_of(name).ok_or_else(|| Error::Refused {
         what: format!("find the interface {name}"),
         source: std::io::Error::from_raw_os_error(libc::ENODEV),
@@ -272,37 +441,22 @@ fn plug_message(index: u32, action: Plug, limit_bytes: u32) -> TcMessage {
     message
 }
 
-fn qdiscs(rtnl: &mut Rtnl, index: u32) -> Result<Vec<TcMessage>, Error> {
-    let request = TcMessage::with_index(index as i32);
-    let found = rtnl.dump(
-        "list qdiscs",
-        RouteNetlinkMessage::GetQueueDiscipline(request),
-    )?;
-    Ok(found
-        .into_iter()
-        .filter_map(|message| match message {
-            RouteNetlinkMessage::NewQueueDiscipline(qdisc)
-                if qdisc.header.index == index as i32 =>
-            {
-                Some(qdisc)
-            }
-            _ => None,
-        })
-        .collect())
-}
-
 fn counters(rtnl: &mut Rtnl, ifb: &str, index: u32) -> Result<HoldCounters, Error> {
-    let queue = qdiscs(rtnl, index)?
-        .into_iter()
-        .filter(|qdisc| qdisc.header.parent == TcHandle::ROOT)
-        .flat_map(|qdisc| qdisc.attributes)
-        .find_map(|attribute| match attribute {
-            TcAttribute::Stats2(stats) => stats.into_iter().find_map(|stat| match stat {
-                TcStats2::Queue(queue) => Some(queue),
-                _ => None,
-            }),
+    let what = format!("count the frames in {ifb}");
+    let mut request = TcMessage::with_index(index as i32);
+    request.header.parent = TcHandle::ROOT;
+    let found = rtnl.get(&what, RouteNetlinkMessage::GetQueueDiscipline(request))?;
+    let RouteNetlinkMessage::NewQueueDiscipline(qdisc) = found else {
+        return Err(Error::Answer(what));
+    };
+    let mut attributes = qdisc.attributes.into_iter();
+    let queue = attributes.find_map(|attribute| match attribute {
+        TcAttribute::Stats2(stats) => stats.into_iter().find_map(|stat| match stat {
+            TcStats2::Queue(queue) => Some(queue),
             _ => None,
-        });
+        }),
+        _ => None,
+    });
     queue
         .map(|queue| HoldCounters {
             queued_frames: queue.qlen,
@@ -375,6 +529,45 @@ fn wait_drained(rtnl: &mut Rtnl, ifb: &str, index: u32) {
         "{ifb}: frames are still in it after {} s",
         DRAIN_MAX.as_secs()
     );
+}
+
+/// Whether netback has connected a vif's front end. The link is up some
+/// milliseconds before that, and frames to the guest are dropped meanwhile. True
+/// where the kernel doesn't tell.
+pub fn has_front_end(domid: u32, devid: u32) -> bool {
+    let path = format!("/sys/bus/xen-backend/devices/vif-{domid}-{devid}/state");
+    std::fs::read_to_string(path).map_or(true, |state| state.trim_end() == "Connected")
+}
+
+/// Those of these interfaces whose links are down: a vif's is up, and its bridge
+/// passes its frames on, when its front end takes frames. One that is gone isn't
+/// waited for.
+pub fn links_down<'a>(rtnl: &mut Rtnl, vifs: &[&'a str]) -> Result<Vec<&'a str>, Error> {
+    let links = rtnl.dump(
+        "list interfaces",
+        RouteNetlinkMessage::GetLink(LinkMessage::default()),
+    )?;
+    let mut down = Vec::new();
+    for message in links {
+        let RouteNetlinkMessage::NewLink(link) = message else {
+            continue;
+        };
+        // Not the carrier: that is told a moment before all who care have heard.
+        let is_up =
+            |attribute: &LinkAttribute| matches!(attribute, LinkAttribute::OperState(State::Up));
+        if link.attributes.iter().any(is_up) {
+            continue;
+        }
+        let named = link
+            .attributes
+            .iter()
+            .find_map(|attribute| match attribute {
+                LinkAttribute::IfName(name) => vifs.iter().find(|vif| *vif == name),
+                _ => None,
+            });
+        down.extend(named);
+    }
+    Ok(down)
 }
 
 /// What an interface has seen.

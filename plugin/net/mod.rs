@@ -1,11 +1,22 @@
-//! The members' network: holding their frames back while a cut is made.
+//! The members' network: holding their frames back while a cut is made, recording
+//! those that had been sent and not received, playing them back when the members
+//! are restored; and a VNE's own bridges and the ways between them.
 
+pub mod frames;
 pub mod hold;
+mod links;
 mod nft;
+pub mod overlay;
+mod play;
 mod rtnl;
+mod tap;
+#[cfg(test)]
+mod tests;
 
-pub use hold::{Hold, HoldCounters, HoldRecord};
+pub use frames::Frame;
+pub use hold::{Hold, HoldCounters, HoldRecord, Stopped, Watched};
 pub use nft::Nft;
+pub use play::{Player, BACKLOG_MAX};
 pub use rtnl::Rtnl;
 
 /// What can go wrong between us and the kernel's network.
@@ -26,6 +37,32 @@ pub enum Error {
         #[source]
         source: std::io::Error,
     },
+    /// An interface has a name that a VNE's network needs, and isn't its.
+    #[error("the interface {interface} is in the way of VNE '{vne}' and none of xl-vne's; rename or remove it (ip link)")]
+    Foreign {
+        /// The interface.
+        interface: String,
+        /// The VNE.
+        vne: String,
+    },
+    /// Frames of two networks couldn't be told apart.
+    #[error("VNE '{vne}' would have the VNI {vni} at port {port}, which is that of {interface}; say vni = NUMBER in the description of one of them, on all its hosts")]
+    VniTaken {
+        /// The VNE.
+        vne: String,
+        /// The VNI.
+        vni: u32,
+        /// The UDP port.
+        port: u16,
+        /// The VXLAN device that has it.
+        interface: String,
+    },
+    /// One VXLAN device can't reach all peers.
+    #[error("some peers of VNE '{vne}' are reached by IPv4 and some by IPv6; give addresses of one kind for all")]
+    MixedPeers {
+        /// The VNE.
+        vne: String,
+    },
     /// Held frames were dropped: the queue was too small.
     #[error("{vif}: the hold queue of {limit_bytes} bytes overflowed, {dropped} frames dropped")]
     Overflow {
@@ -35,6 +72,33 @@ pub enum Error {
         limit_bytes: u32,
         /// Frames lost to it.
         dropped: u32,
+    },
+    /// Frames that were held couldn't be recorded.
+    #[error("{missing} of {of} held frames weren't seen when they were let go")]
+    Missed {
+        /// So many.
+        missing: usize,
+        /// Of these.
+        of: usize,
+    },
+    /// A file isn't what [`frames::encode`] writes.
+    #[error("recorded frames: what stands at byte {at} makes no sense")]
+    Recorded {
+        /// Where the block is that can't be read.
+        at: usize,
+    },
+    /// Frames were played back, and not just those wait now.
+    #[error(
+        "{vif}: {played} recorded frames were played back and {queued} wait ('restore --paused' \
+         goes without them)"
+    )]
+    PlayedBack {
+        /// Interface on which they came in.
+        vif: String,
+        /// Frames that should wait.
+        played: usize,
+        /// Frames that do.
+        queued: u32,
     },
 }
 

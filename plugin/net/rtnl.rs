@@ -1,7 +1,9 @@
 //! A blocking rtnetlink socket: one request, its answers, its error as a
 //! sentence. The messages themselves are `netlink-packet-route`'s.
 
-use netlink_packet_core::{NetlinkMessage, NetlinkPayload, NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST};
+use netlink_packet_core::{
+    NetlinkMessage, NetlinkPayload, NLM_F_ACK, NLM_F_DUMP, NLM_F_ECHO, NLM_F_REQUEST,
+};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_sys::{protocols::NETLINK_ROUTE, Socket, SocketAddr};
 use std::os::fd::{AsRawFd, RawFd};
@@ -48,9 +50,13 @@ fn bound_waits(socket: RawFd) -> Result<(), Error> {
 }
 
 /// A connection to the kernel's routing and traffic control tables.
+#[derive(Debug)]
 pub struct Rtnl {
     socket: Socket,
     sequence: u32,
+    /// After how many requests its process would have been killed.
+    #[cfg(test)]
+    pub(super) requests_left: Option<u32>,
 }
 
 impl Rtnl {
@@ -59,6 +65,8 @@ impl Rtnl {
         Ok(Self {
             socket: connect(NETLINK_ROUTE)?,
             sequence: 0,
+            #[cfg(test)]
+            requests_left: None,
         })
     }
 
@@ -71,6 +79,18 @@ impl Rtnl {
         flags: u16,
     ) -> Result<(), Error> {
         self.talk(what, message, flags | NLM_F_ACK).map(|_| ())
+    }
+
+    /// Sends one request for a single object and returns it, as soon as a few
+    /// system calls take.
+    pub fn get(
+        &mut self,
+        what: &str,
+        message: RouteNetlinkMessage,
+    ) -> Result<RouteNetlinkMessage, Error> {
+        let found = self.talk(what, message, NLM_F_ACK | NLM_F_ECHO)?;
+        let first = found.into_iter().next();
+        first.ok_or_else(|| Error::Answer(what.to_owned()))
     }
 
     /// Sends one request and collects everything that it lists.
@@ -88,6 +108,12 @@ impl Rtnl {
         message: RouteNetlinkMessage,
         flags: u16,
     ) -> Result<Vec<RouteNetlinkMessage>, Error> {
+        #[cfg(test)]
+        if let Some(left) = &mut self.requests_left {
+            *left = left
+                .checked_sub(1)
+                .ok_or_else(|| Error::Answer(format!("{what}: killed")))?;
+        }
         self.sequence = self.sequence.wrapping_add(1);
         let mut request = NetlinkMessage::from(message);
         request.header.flags = flags | NLM_F_REQUEST;

@@ -16,6 +16,7 @@ use crate::clock::now_ns;
 use crate::cut::{FromHost, Host, HostAction, HostInput, Phase, Reply, Session, TakeId};
 use crate::domain::messages::Event;
 use crate::image::Manifest;
+use crate::priority;
 use crate::sentence::sentence;
 
 /// How often a member's rounds are told, in ns: for people that's enough.
@@ -133,6 +134,8 @@ struct Acting<'a> {
     stopped: bool,
     /// When each member's last round was told, and whether it had converged.
     rounds_told: Vec<Option<(u64, bool)>>,
+    /// The phase that was logged last.
+    logged: Phase,
     in_doubt: &'a AtomicBool,
     say: &'a dyn Fn(News),
 }
@@ -160,6 +163,7 @@ fn act(
         over_since_ns: None,
         stopped: false,
         rounds_told: vec![None; members],
+        logged: Phase::Prepare,
         in_doubt,
         say,
     };
@@ -175,6 +179,12 @@ impl Acting<'_> {
         loop {
             while let Some(action) = self.todo.pop_front() {
                 self.carry_out(&action);
+            }
+            let phase = self.host.phase();
+            if phase != self.logged {
+                self.logged = phase;
+                let plan = self.part.plan();
+                log::info!("{}@{}: {phase}", plan.vne, plan.id);
             }
             if self.look() {
                 continue;
@@ -222,9 +232,9 @@ impl Acting<'_> {
         self.in_doubt
             .store(self.host.is_in_doubt(), Ordering::Relaxed);
         let after = self.host.phase();
-        if after != before {
-            let plan = self.part.plan();
-            log::info!("{}@{}: {after}", plan.vne, plan.id);
+        if before.holds() != after.holds() {
+            // Before anything is undone: that starts processes.
+            priority::urgent(after.holds());
         }
     }
 
@@ -280,7 +290,7 @@ impl Acting<'_> {
                 times: *times,
             },
             Event::Stored(_) => News::Stored { take, member },
-            Event::Prepared { .. } | Event::Failed { .. } => return,
+            Event::Prepared { .. } | Event::Stopped(_) | Event::Failed { .. } => return,
         };
         (self.say)(news);
     }

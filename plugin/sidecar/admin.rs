@@ -98,7 +98,8 @@ impl Daemon {
                 progress.building(&members);
             }
             JobTold::Built(member) => progress.built(&member),
-            JobTold::Released => progress.released(),
+            JobTold::Released { played } => progress.released(played),
+            JobTold::Warning(what) => log::warn!("{what}"),
             JobTold::Take(_) => {}
         })?;
         match done {

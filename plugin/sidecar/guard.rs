@@ -8,12 +8,13 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::FlockOperation;
 
+use super::held;
 use super::journal::{self, JournalCap, JournalDomain, JournalProcess, Orphan, RestoreStage};
 use super::workers::Program;
 use crate::domain::recover::recover_domains;
 use crate::domain::xl::{self, Xl};
 use crate::image::Store;
-use crate::net::{self, Rtnl};
+use crate::net::{self, HoldRecord};
 use crate::sentence::sentence;
 
 /// A worker whose engine is gone gives up by itself, after a cut that is
@@ -56,10 +57,11 @@ pub fn clean_up(xl: &Xl, program: &Program, orphan: Orphan) {
         }
     };
     // The network first: every other step may take a while.
-    must(remove_holds(record).map_err(|error| sentence(&error)));
+    let stage = record.restore.map(|stage| outcome(&orphan, stage));
+    must(remove_holds(record, stage.as_ref()).map_err(|error| sentence(&error)));
     let patience = record.restore.map_or(WORKER_END_MAX, |_| BUILDER_END_MAX);
     must(end_processes(&record.workers, patience));
-    match record.restore {
+    match stage {
         None => {
             must(restore_caps(xl, record));
             let domains: Vec<_> = record
@@ -73,15 +75,13 @@ pub fn clean_up(xl: &Xl, program: &Program, orphan: Orphan) {
                 log::warn!("{}", sentence(&error));
             }
         }
-        Some(stage) => match outcome(&orphan, stage) {
-            Outcome::End(stage) => must(end_restore(xl, program, &record.domains, stage)),
-            Outcome::Leave => {}
-            Outcome::Wait => {
-                let leader = record.leader.as_deref().unwrap_or("its leader");
-                log::warn!("vned has to ask host '{leader}' how the restore was decided");
-                return;
-            }
-        },
+        Some(Outcome::End(stage)) => must(end_restore(xl, program, &record.domains, stage)),
+        Some(Outcome::Leave) => {}
+        Some(Outcome::Wait) => {
+            let leader = record.leader.as_deref().unwrap_or("its leader");
+            log::warn!("vned has to ask host '{leader}' how the restore was decided");
+            return;
+        }
     }
     if undone {
         if let Err(error) = orphan.close() {
@@ -207,19 +207,14 @@ fn restore_caps(xl: &Xl, record: &journal::Record) -> Result<(), String> {
     result
 }
 
-fn remove_holds(record: &journal::Record) -> Result<(), net::Error> {
-    if record.holds.is_empty() {
-        return Ok(());
-    }
-    let mut rtnl = Rtnl::open()?;
-    let mut result = Ok(());
-    for hold in record.holds.iter().filter(|hold| hold.is_plausible()) {
-        if let Err(error) = hold.remove(&mut rtnl) {
-            log::error!("{}: {}", hold.vif, sentence(&error));
-            result = Err(error);
+/// What members sent that run, goes on its way.
+fn remove_holds(record: &journal::Record, outcome: Option<&Outcome>) -> Result<(), net::Error> {
+    match outcome {
+        None | Some(Outcome::End(RestoreStage::Releasing)) => {
+            held::on_holds(record, HoldRecord::remove)
         }
+        Some(_) => held::discard(record),
     }
-    result
 }
 
 fn end_processes(processes: &[JournalProcess], patience: Duration) -> Result<(), String> {

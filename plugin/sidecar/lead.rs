@@ -17,6 +17,7 @@ use crate::cut::{
 use crate::domain::policy::{PolicyConfig, Round};
 use crate::domain::DomainFacts;
 use crate::image::{Cut, Manifest, Name, SnapshotId, StoreId, FORMAT};
+use crate::priority;
 
 /// How long hosts that haven't heard yet that the snapshot exists are waited
 /// for. They learn it by themselves as soon as they can, in ns.
@@ -273,6 +274,7 @@ pub(super) fn lead(
         manifest: None,
         planned: None,
         decided_ns: None,
+        told: None,
         progress,
     }
     .run(heard)
@@ -287,17 +289,25 @@ struct Leading<'a> {
     /// The members as they were found; a dry run ends with that.
     planned: Option<Vec<DomainFacts>>,
     decided_ns: Option<u64>,
+    /// The phase that was told last.
+    told: Option<Phase>,
     progress: &'a mut dyn Progress,
 }
 
 impl Leading<'_> {
     fn run(mut self, heard: &Receiver<Heard>) -> Result<Taken, Error> {
-        self.progress.tell(Told::Phase(self.coordinator.phase()));
         loop {
             while let Some(action) = self.todo.pop_front() {
                 self.carry_out(action);
             }
-            match self.coordinator.phase() {
+            let phase = self.coordinator.phase();
+            // Whoever watches may be slow, and nobody is to wait for that.
+            if self.told != Some(phase) {
+                self.told = Some(phase);
+                priority::urgent(phase.holds());
+                self.progress.tell(Told::Phase(phase));
+            }
+            match phase {
                 Phase::Done => return self.snapshot(),
                 Phase::Failed => return self.failed(),
                 _ if self.waited_enough() => return self.snapshot(),
@@ -322,13 +332,8 @@ impl Leading<'_> {
     }
 
     fn tell(&mut self, input: Input) {
-        let before = self.coordinator.phase();
         let actions = self.coordinator.handle(now_ns(), input);
         self.todo.extend(actions);
-        let after = self.coordinator.phase();
-        if after != before {
-            self.progress.tell(Told::Phase(after));
-        }
     }
 
     fn carry_out(&mut self, action: Action) {

@@ -53,6 +53,8 @@ pub fn member(
         diverged: false,
         throttled_to: None,
         uncaptured_disks: facts.writable_disks(),
+        late_frames: 0,
+        recorded: None,
         image,
     })
 }

@@ -14,9 +14,11 @@
 mod acting;
 pub mod admin;
 pub mod conf;
+pub mod copy;
 mod error;
 pub mod files;
 pub mod guard;
+mod held;
 pub mod journal;
 pub mod lead;
 pub mod manifest;

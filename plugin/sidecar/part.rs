@@ -1,6 +1,7 @@
 //! This host's part of a take: starts workers, owns the holds, keeps the
 //! journal, and carries out what the protocol's host machine asks for.
 
+use std::ops::Range;
 use std::path::PathBuf;
 use std::process::Stdio;
 use std::sync::mpsc::Sender;
@@ -17,14 +18,20 @@ use crate::cut::{HostAction, HostInput};
 use crate::domain::messages::{Command, CutTimes, Event};
 use crate::domain::policy::Round;
 use crate::domain::DomainFacts;
-use crate::image::{self, Manifest, Member as Entry, MemberImage, Name, Store};
-use crate::net::{self, Hold, HoldRecord, Nft, Rtnl};
+use crate::image::{self, Manifest, Member as Entry, MemberImage, Name, Recorded, Store};
+use crate::net::{self, Frame, Hold, HoldRecord, Nft, Rtnl, Stopped, Watched};
 use crate::sentence::sentence;
 
 /// A worker that was told to give up does so within this, or is killed.
 const WORKER_END_MAX: Duration = Duration::from_secs(2);
 /// Bringing domains back takes 3 s at most (`domain::recover`).
 const RECOVER_MAX: Duration = Duration::from_secs(10);
+
+/// How long to wait for the members' networks to become quiet, once all that
+/// members send is held. What outsiders send never ends.
+const DRAIN_MAX: Duration = Duration::from_millis(25);
+/// What was let go has come through its ifb within this.
+const RECORD_MAX: Duration = Duration::from_secs(2);
 
 /// The first limit of a member that doesn't converge, in percent of a physical
 /// CPU for each virtual one.
@@ -45,6 +52,16 @@ struct Member {
     facts: Option<DomainFacts>,
     rounds: Vec<Round>,
     times: Option<CutTimes>,
+    /// Its holds, by their place among the part's.
+    holds: Range<usize>,
+    /// Its network at its cut.
+    stopped: Option<Stopped>,
+    watched: Option<Watched>,
+    /// How many frames came for it after its cut, before all had been cut.
+    late: u64,
+    /// What it had sent before its cut.
+    frames: Vec<Frame>,
+    recorded: Option<Recorded>,
     stored: Option<MemberImage>,
     ended: bool,
 }
@@ -145,6 +162,12 @@ impl Part {
                 facts: None,
                 rounds: Vec::new(),
                 times: None,
+                holds: 0..0,
+                stopped: None,
+                watched: None,
+                late: 0,
+                frames: Vec::new(),
+                recorded: None,
                 stored: None,
                 ended: false,
             });
@@ -214,9 +237,13 @@ impl Part {
                     converged,
                 })
             }
+            Event::Stopped(stopped) => {
+                member.stopped = Some(stopped);
+                Some(HostInput::Cut(index))
+            }
             Event::Cut(times) => {
                 member.times = Some(times);
-                Some(HostInput::Cut(index))
+                Some(HostInput::Runs(index))
             }
             Event::Stored(image) => {
                 member.stored = Some(*image);
@@ -268,16 +295,28 @@ impl Part {
                 Ok(Some(HostInput::Blocked))
             }
             HostAction::Cut => {
+                let deadline = Instant::now() + DRAIN_MAX;
+                for member in &mut self.members {
+                    if let Some(watched) = &mut member.watched {
+                        watched.drain(deadline)?;
+                    }
+                }
+                for hold in &self.holds {
+                    hold.begin_record()?;
+                }
                 self.tell_all(&Command::Cut);
                 Ok(None)
             }
             HostAction::Release => {
+                self.count_late()?;
                 self.on_holds(Hold::release)?;
                 self.held_ns = now_ns().saturating_sub(self.blocked_ns);
+                self.record()?;
                 self.check_overflow()?;
                 Ok(Some(HostInput::Released))
             }
             HostAction::Finalise => {
+                self.keep_frames()?;
                 self.take_holds_down()?;
                 self.uncap()?;
                 self.tell_all(&Command::Finalise);
@@ -307,17 +346,16 @@ impl Part {
     pub fn arm(&mut self) -> Result<(), Error> {
         let facts = self.facts();
         check_space(&self.place.store, &facts)?;
-        let planned: Vec<HoldRecord> = facts
-            .iter()
-            .flat_map(|member| {
-                let holds = |vif: &crate::domain::Vif| {
-                    let (domid, devid, name) = (member.domid, vif.devid, &vif.ifname);
-                    let emulated = HoldRecord::of_emulated(domid, devid, name);
-                    std::iter::once(HoldRecord::new(domid, devid, name)).chain(emulated)
-                };
-                member.vifs.iter().flat_map(holds).collect::<Vec<_>>()
-            })
-            .collect();
+        let mut planned = Vec::new();
+        for (member, facts) in self.members.iter_mut().zip(&facts) {
+            let first = planned.len();
+            for vif in &facts.vifs {
+                let (domid, name) = (facts.domid, &vif.ifname);
+                planned.push(HoldRecord::new(domid, vif.devid, name));
+                planned.extend(HoldRecord::of_emulated(domid, vif.devid, name));
+            }
+            member.holds = first..planned.len();
+        }
         let record = Record {
             vne: self.plan.vne.to_string(),
             leader: Some(self.plan.leader.to_string()),
@@ -345,6 +383,10 @@ impl Part {
         for hold in &planned {
             let hold = Hold::prepare(rtnl, nft, hold, self.plan.hold_bytes)?;
             self.holds.push(hold);
+        }
+        for member in &mut self.members {
+            let planned = planned.get(member.holds.clone()).unwrap_or_default();
+            member.watched = Some(Watched::open(planned)?);
         }
         Ok(())
     }
@@ -424,6 +466,7 @@ impl Part {
                 directory: snapshot.dir().to_owned(),
                 policy: self.plan.policy,
                 final_buffer_bytes: self.place.final_buffer_bytes,
+                holds: holds_of(&self.holds, member).map(Hold::record).collect(),
             };
             member.worker.tell(&order).map_err(|source| {
                 Error::Failed(format!(
@@ -466,6 +509,56 @@ impl Part {
         Ok(())
     }
 
+    /// What has come for members since their cuts isn't in the snapshot: said so
+    /// of what came before frames were let go.
+    fn count_late(&mut self) -> Result<(), Error> {
+        for member in &mut self.members {
+            if let (Some(watched), Some(stopped)) = (&mut member.watched, &member.stopped) {
+                member.late = watched.given()?.saturating_sub(stopped.given);
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes what members had sent before their cuts and nobody had seen: the
+    /// frames that come out of the holds first.
+    fn record(&mut self) -> Result<(), Error> {
+        let deadline = Instant::now() + RECORD_MAX;
+        for (member, name) in self.members.iter_mut().zip(&self.plan.members) {
+            let holds = self.holds.get(member.holds.clone()).unwrap_or_default();
+            let queued = member.stopped.as_ref().map(|stopped| &stopped.queued);
+            let queued = queued.filter(|queued| queued.len() == holds.len());
+            let Some(queued) = queued else {
+                return Err(Error::Failed(format!(
+                    "the worker of '{name}' hasn't counted the frames of all holds"
+                )));
+            };
+            for (hold, count) in holds.iter().zip(queued) {
+                let recorded = hold.recorded(*count, deadline);
+                member.frames.extend(recorded.map_err(|error| {
+                    Error::Failed(format!("{}: {}", hold.vif(), sentence(&error)))
+                })?);
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes them down. They are durable when the worker has finished.
+    fn keep_frames(&mut self) -> Result<(), Error> {
+        let snapshot = self.snapshot.as_ref().ok_or_else(lost)?;
+        for (member, name) in self.members.iter_mut().zip(&self.plan.members) {
+            let frames = std::mem::take(&mut member.frames);
+            if !frames.is_empty() {
+                let file = net::frames::encode(&frames);
+                member.recorded = Some(Recorded {
+                    frames: frames.len() as u64,
+                    file: snapshot.add_frames(name, &file)?,
+                });
+            }
+        }
+        Ok(())
+    }
+
     /// After the release.
     fn take_holds_down(&mut self) -> Result<(), Error> {
         let Some(rtnl) = &mut self.rtnl else {
@@ -498,6 +591,8 @@ impl Part {
                 entry: Entry {
                     diverged: !member.ever_converged,
                     throttled_to: member.cap.map(|(cap, _)| cap),
+                    late_frames: member.late,
+                    recorded: member.recorded.take(),
                     ..super::manifest::member(host, facts, &member.rounds, times, image)?
                 },
                 suspended_ns: times.suspended_ns,
@@ -622,6 +717,11 @@ impl From<&DomainFacts> for JournalDomain {
             uuid: facts.uuid.clone(),
         }
     }
+}
+
+/// A member's holds, among all.
+fn holds_of<'a>(holds: &'a [Hold], member: &Member) -> impl Iterator<Item = &'a Hold> {
+    holds.get(member.holds.clone()).unwrap_or_default().iter()
 }
 
 fn lost() -> Error {

@@ -1,5 +1,6 @@
 //! Brings a snapshot back on this host: all members are built paused, then
-//! all are released together.
+//! all are released together. What they send waits until all are connected, see
+//! `held.rs`.
 //!
 //! Each member is built by stock `xl restore -p`, which reads a save file that
 //! is generated from the image as it goes, and leaves behind the monitor that
@@ -13,14 +14,17 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::copy;
 use super::error::Error;
 use super::guard::{BUILDER_END_MAX, KILLED_END_MAX};
+use super::held::{self, Held, Recorded};
 use super::journal::{Joint, Journal, JournalDomain, Record, Register, RestoreStage};
 use super::part::start_guard;
 use super::signals;
 use super::take::sweep;
 use super::workers::{journal_process, Program, Words};
 use crate::image::{self, Name, Snapshot};
+use crate::net::{self, Frame};
 use crate::sentence::sentence;
 use crate::stream;
 
@@ -41,7 +45,11 @@ pub struct RestoreRequest {
     /// The host that leads the restore and what that is called, if there are
     /// several hosts.
     pub joint: Option<(Name, Joint)>,
-    /// Leave the members paused when all are built.
+    /// Not the members themselves, but copies: what the VNE that they make up is
+    /// called.
+    pub copy: Option<Name>,
+    /// Leave the members paused when all are built. What was recorded of their
+    /// frames is left out then: it would have to wait for as long as they do.
     pub paused: bool,
 }
 
@@ -51,8 +59,8 @@ pub trait Progress {
     fn building(&mut self, members: &[&str]);
     /// One is built, paused.
     fn built(&mut self, member: &str);
-    /// All run.
-    fn released(&mut self);
+    /// All run, and so many recorded frames were played back.
+    fn released(&mut self, played: u64);
 }
 
 /// Restores all members of `snapshot`, or none. All are on this host.
@@ -62,14 +70,52 @@ pub fn restore(
     progress: &mut dyn Progress,
 ) -> Result<(), Error> {
     let (said, heard) = mpsc::channel();
-    let interrupted = said.clone();
-    signals::watch(move || interrupted.send(Heard::Interrupted).is_ok())?;
-    let built = build(request, snapshot, (said, heard), progress)?;
-    built.release(request.paused)?;
-    if !request.paused {
-        progress.released();
+    let interrupt = said.clone();
+    let enough = Arc::new(AtomicBool::new(false));
+    let flag = Arc::clone(&enough);
+    signals::watch(move || {
+        flag.store(true, Ordering::Relaxed);
+        // Nobody listens once all is built.
+        let _ = interrupt.send(Heard::Interrupted);
+        true
+    })?;
+    let mut built = build(request, snapshot, (said, heard), progress)?;
+    let recorded = built.recorded();
+    if request.paused {
+        if let Some(lost) = not_played_back(recorded) {
+            log::warn!("{lost}");
+        }
+        return built.leave_paused();
     }
+    if enough.load(Ordering::Relaxed) {
+        built.discard();
+        return Err(interrupted());
+    }
+    built.run()?;
+    for late in built.wait_connected(|| enough.load(Ordering::Relaxed)) {
+        log::warn!("{late}");
+    }
+    built.let_frames_go();
+    progress.released(recorded);
     Ok(())
+}
+
+/// What to tell whoever has asked for paused members.
+pub(super) fn not_played_back(recorded: u64) -> Option<String> {
+    (recorded > 0).then(|| {
+        format!(
+            "{recorded} recorded frames aren't played back, since the members stay paused: they \
+             have to be sent again"
+        )
+    })
+}
+
+/// What is recorded of the frames that a member had sent, in order.
+fn recorded(snapshot: &Snapshot, member: &Name) -> Result<Vec<Frame>, Error> {
+    let Some(file) = snapshot.recorded_frames(member)? else {
+        return Ok(Vec::new());
+    };
+    Ok(net::frames::decode(&file)?)
 }
 
 /// Members of a snapshot that are built and paused.
@@ -77,6 +123,10 @@ pub(super) struct Built {
     program: Program,
     journal: Journal,
     names: Vec<String>,
+    /// What they send; none if they have no interfaces, or are to stay paused.
+    held: Option<Held>,
+    /// How many frames are recorded of them.
+    recorded: u64,
 }
 
 /// Builds all members of `snapshot` that are on this host, or none.
@@ -89,32 +139,47 @@ pub(super) fn build(
     let register = Register::open(&request.run_dir)?;
     sweep(&request.program, &register)?;
     let manifest = snapshot.manifest();
-    let names: Vec<&str> = manifest.members_here().map(|m| m.name.as_str()).collect();
-    refuse_existing(&request.program, &names)?;
     // Every header and index is read and checked before the first domain is
     // built; each page is checked as it's read.
-    let members = names
-        .iter()
-        .map(|name| {
-            let reader = snapshot.member(&Name::new(name)?)?;
-            let source = move |pipe: Pipe| {
-                reader.write_save_file(BufWriter::with_capacity(1 << 20, pipe), None)
-            };
-            Ok(((*name).to_owned(), source))
-        })
-        .collect::<Result<Vec<_>, Error>>()?;
+    let mut domains = Vec::new();
+    let mut members = Vec::new();
+    let mut frames = Vec::new();
+    for entry in manifest.members_here() {
+        let reader = snapshot.member(&entry.name)?;
+        let (name, uuid, config) = match &request.copy {
+            None => (entry.name.clone(), entry.uuid.clone(), None),
+            Some(copy) => {
+                let member = copy::member(copy, &entry.name, reader.config_json())?;
+                (member.name, member.uuid, Some(member.config_json))
+            }
+        };
+        let source = move |pipe: Pipe| {
+            let pipe = BufWriter::with_capacity(1 << 20, pipe);
+            reader.write_save_file(pipe, config.as_deref())
+        };
+        members.push((name.to_string(), source));
+        frames.push(Recorded {
+            member: name.to_string(),
+            frames: recorded(snapshot, &entry.name)?,
+        });
+        domains.push(JournalDomain {
+            name: name.to_string(),
+            domid: 0,
+            uuid,
+        });
+    }
+    let recorded = frames;
+    let names: Vec<String> = domains.iter().map(|domain| domain.name.clone()).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    refuse_existing(&request.program, &names)?;
 
-    let domain = |member: &crate::image::Member| JournalDomain {
-        name: member.name.to_string(),
-        domid: 0,
-        uuid: member.uuid.clone(),
-    };
+    let vne = request.copy.as_ref().unwrap_or(&manifest.vne);
     let record = Record {
-        vne: manifest.vne.to_string(),
+        vne: vne.to_string(),
         leader: request.joint.as_ref().map(|(leader, _)| leader.to_string()),
         pid: std::process::id(),
         store: request.store.clone(),
-        domains: manifest.members_here().map(domain).collect(),
+        domains,
         asked: false,
         workers: Vec::new(),
         holds: Vec::new(),
@@ -122,12 +187,17 @@ pub(super) fn build(
         restore: Some(RestoreStage::Building),
         joint: request.joint.as_ref().map(|(_, joint)| joint.clone()),
     };
+
     let mut journal = register.enter(record)?;
     start_guard(&request.program, &journal)?;
 
     progress.building(&names);
     let mut builders = Builders::new(&request.program, BUILDER_END_MAX);
     let mut built = builders.build(&mut journal, members, (said, heard), progress);
+    let mut held = None;
+    if built.is_ok() && !request.paused {
+        built = hold(&request.program, &mut journal, &recorded).map(|holds| held = holds);
+    }
     if built.is_ok() && request.joint.is_some() {
         // From here on others may be told to let theirs run.
         let noted = journal.update(|record| record.restore = Some(RestoreStage::Built));
@@ -137,6 +207,8 @@ pub(super) fn build(
         program: request.program.clone(),
         journal,
         names: names.iter().map(|name| (*name).to_owned()).collect(),
+        held,
+        recorded: count(&recorded),
     };
     match built {
         Ok(()) => Ok(built_all),
@@ -150,40 +222,120 @@ pub(super) fn build(
     }
 }
 
+fn count(recorded: &[Recorded]) -> u64 {
+    recorded.iter().map(|one| one.frames.len() as u64).sum()
+}
+
+/// Holds what the members send. Where that isn't possible and nothing is
+/// recorded, they go without: what they send too early is lost then, as on any
+/// network.
+fn hold(
+    program: &Program,
+    journal: &mut Journal,
+    recorded: &[Recorded],
+) -> Result<Option<Held>, Error> {
+    match Held::build(program, journal, recorded) {
+        Err(error) if count(recorded) == 0 => {
+            log::warn!(
+                "{}; frames that members send before all are connected may be lost",
+                sentence(&error)
+            );
+            held::discard(journal.record())?;
+            journal.update(|record| record.holds.clear())?;
+            Ok(None)
+        }
+        other => other,
+    }
+}
+
 impl Built {
-    /// Goes on with what a daemon before this one has built.
-    pub(super) fn resume(program: &Program, journal: Journal) -> Result<Self, Error> {
+    /// Goes on with what a daemon before this one has built. Its holds, and what
+    /// was played back into them, ended with it.
+    pub(super) fn resume(program: &Program, mut journal: Journal) -> Result<Self, Error> {
         start_guard(program, &journal)?;
+        held::discard(journal.record())?;
+        journal.update(|record| record.holds.clear())?;
         let domains = journal.record().domains.iter();
         Ok(Self {
             program: program.clone(),
             names: domains.map(|domain| domain.name.clone()).collect(),
             journal,
+            held: None,
+            recorded: 0,
         })
     }
 
-    /// Sets all running; or leaves them `paused`, as their owner wants to have
-    /// them.
-    pub(super) fn release(mut self, paused: bool) -> Result<(), Error> {
-        if !paused && !self.names.is_empty() {
-            let releasing = RestoreStage::Releasing;
-            self.journal
-                .update(|record| record.restore = Some(releasing))?;
-            let mut release = self.program.command(&["release", "--"]);
-            release.args(&self.names).stderr(Stdio::inherit());
-            let status = release.status();
-            let status = status.map_err(Error::start("release the members"))?;
-            if !status.success() {
-                return Err(Error::Failed(String::from(
-                    "not all members could be set running",
-                )));
-            }
+    /// How many frames are recorded of the members. They wait to be let go,
+    /// unless the members are to stay paused.
+    pub(super) fn recorded(&self) -> u64 {
+        self.recorded
+    }
+
+    /// Whether what the members send waits to be let go.
+    pub(super) fn holds_frames(&self) -> bool {
+        self.held.is_some()
+    }
+
+    /// Sets all running. What they send waits.
+    pub(super) fn run(&mut self) -> Result<(), Error> {
+        if self.names.is_empty() {
+            return Ok(());
         }
+        let releasing = RestoreStage::Releasing;
+        self.journal
+            .update(|record| record.restore = Some(releasing))?;
+        let mut release = self.program.command(&["release", "--"]);
+        release.args(&self.names).stderr(Stdio::inherit());
+        let status = release.status();
+        let status = status.map_err(Error::start("release the members"))?;
+        if !status.success() {
+            return Err(Error::Failed(String::from(
+                "not all members could be set running",
+            )));
+        }
+        Ok(())
+    }
+
+    /// Waits until all can receive again, not for ever, and not if `enough` says
+    /// so. What to tell an admin of those that can't.
+    pub(super) fn wait_connected(&mut self, enough: impl FnMut() -> bool) -> Vec<String> {
+        let Some(held) = &mut self.held else {
+            return Vec::new();
+        };
+        let start = Instant::now();
+        let late = held.wait_connected(enough);
+        log::debug!("waited {:?} for front ends", start.elapsed());
+        let waited = start.elapsed().as_secs_f64();
+        let told = late
+            .iter()
+            .map(|late| format!("{late} isn't connected after {waited:.0} s: frames may be lost"));
+        told.collect()
+    }
+
+    /// Lets go of what the members have sent, and ends the restore. What can't
+    /// be taken down is left to the guard, with the journal.
+    pub(super) fn let_frames_go(self) {
+        let released = self.held.map_or(Ok(()), Held::release);
+        let closed = released.map_err(Error::from);
+        let closed = closed.and_then(|()| Ok(self.journal.close()?));
+        if let Err(error) = closed {
+            log::error!("{}", sentence(&error));
+        }
+    }
+
+    /// Leaves them paused, as their owner wants to have them.
+    pub(super) fn leave_paused(mut self) -> Result<(), Error> {
+        // The redirects first.
+        self.held = None;
+        held::discard(self.journal.record())?;
         Ok(self.journal.close()?)
     }
 
     /// Destroys them. What can't be is left to the guard, with the journal.
     pub(super) fn discard(mut self) {
+        // The redirects first.
+        self.held = None;
+        let gone = held::discard(self.journal.record());
         // Whoever goes on with it from here on has nothing to ask.
         let building = RestoreStage::Building;
         if let Err(error) = self
@@ -192,7 +344,8 @@ impl Built {
         {
             log::error!("{}", sentence(&error));
         }
-        if discard(&self.program, &self.journal.record().domains) {
+        let destroyed = discard(&self.program, &self.journal.record().domains);
+        if destroyed && gone.is_ok() {
             if let Err(error) = self.journal.close() {
                 log::error!("{}", sentence(&error));
             }
@@ -490,7 +643,7 @@ mod tests {
         fn built(&mut self, member: &str) {
             self.push(member.to_owned());
         }
-        fn released(&mut self) {}
+        fn released(&mut self, _played: u64) {}
     }
 
     impl Lab {

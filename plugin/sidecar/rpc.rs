@@ -104,6 +104,16 @@ pub struct RestoreState {
     pub built: Vec<Name>,
     /// Where it stands.
     pub stage: RestoreStage,
+    /// How many frames are recorded of them, and are played back unless they are
+    /// left paused.
+    #[serde(default)]
+    pub recorded: u64,
+    /// What becomes of the frames that they send, recorded ones included.
+    #[serde(default)]
+    pub frames: RestoreFrames,
+    /// What to tell the user.
+    #[serde(default)]
+    pub warnings: Vec<String>,
 }
 
 /// See [`RestoreState`].
@@ -118,6 +128,21 @@ pub enum RestoreStage {
     Released,
     /// None is there; why, if it wasn't asked for.
     Gone(Option<String>),
+}
+
+/// Whether frames of restored members wait until all members, on all hosts, can
+/// receive them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RestoreFrames {
+    /// They don't, or no longer.
+    #[default]
+    Flow,
+    /// They wait, and not all members here can receive.
+    Held,
+    /// They wait, and all members here can receive, or were waited for long
+    /// enough.
+    Connected,
 }
 
 /// How a restore was decided, as its leader says.
@@ -155,9 +180,15 @@ pub trait Peer {
     #[method(name = "news", param_kind = map)]
     async fn news(&self, news: News) -> RpcResult<()>;
 
-    /// Build the members that this host has of a snapshot, paused.
+    /// Build the members that this host has of a snapshot, paused; and whether
+    /// they'll be left so.
     #[method(name = "build", param_kind = map)]
-    async fn build(&self, ticket: Ticket, snapshot: SnapshotRef) -> RpcResult<()>;
+    async fn build(
+        &self,
+        ticket: Ticket,
+        snapshot: SnapshotRef,
+        paused: Option<bool>,
+    ) -> RpcResult<()>;
 
     /// How far that is. Not to be asked for a while means to give it up.
     #[method(name = "built", param_kind = map)]
@@ -166,6 +197,10 @@ pub trait Peer {
     /// Let them run, or leave them paused for good.
     #[method(name = "release", param_kind = map)]
     async fn release(&self, ticket: Ticket, paused: bool) -> RpcResult<()>;
+
+    /// Let their frames go: all members, on all hosts, can receive.
+    #[method(name = "flow", param_kind = map)]
+    async fn flow(&self, ticket: Ticket) -> RpcResult<()>;
 
     /// Destroy what was built.
     #[method(name = "discard", param_kind = map)]
@@ -191,7 +226,12 @@ pub enum JobTold {
     /// One is built, paused.
     Built(String),
     /// All run.
-    Released,
+    Released {
+        /// Recorded frames that were played back.
+        played: u64,
+    },
+    /// Something that the user should know.
+    Warning(String),
 }
 
 /// How a job ended.

@@ -99,8 +99,8 @@ impl restore::Progress for Arc<Job> {
         Job::tell(self, JobTold::Built(member.to_owned()));
     }
 
-    fn released(&mut self) {
-        Job::tell(self, JobTold::Released);
+    fn released(&mut self, played: u64) {
+        Job::tell(self, JobTold::Released { played });
     }
 }
 

@@ -42,6 +42,7 @@ use super::take::sweep;
 use super::tls::Identity;
 use super::workers::Program;
 use crate::image::Name;
+use crate::net::{overlay, Rtnl};
 use crate::sentence::sentence;
 
 /// The daemon's socket, below Xen's run directory.
@@ -206,7 +207,30 @@ impl Daemon {
         *self.setup.write().unwrap_or_else(PoisonError::into_inner) = setup;
         lock(&self.described).clear();
         self.reloaded.notify_waiters();
+        if let Err(error) = self.networks_follow() {
+            log::error!("{}", sentence(&error));
+        }
         Ok(())
+    }
+
+    /// Has VNEs' networks on this host follow what is configured. It's xl that does
+    /// so, as it can read that; without a network it isn't started.
+    fn networks_follow(&self) -> Result<(), Error> {
+        if overlay::vnes(&mut Rtnl::open()?)?.is_empty() {
+            return Ok(());
+        }
+        let status = self
+            .program
+            .command(&["net-follow"])
+            .stderr(Stdio::inherit())
+            .status()
+            .map_err(Error::start("start xl"))?;
+        match status.success() {
+            true => Ok(()),
+            false => Err(Error::Failed(format!(
+                "VNEs' networks don't follow the configuration ({status})"
+            ))),
+        }
     }
 
     fn make_setup(&self, conf: Conf) -> Result<Setup, Error> {
@@ -321,12 +345,16 @@ async fn serve(daemon: &Arc<Daemon>) -> Result<(), Error> {
 
 /// Goes on with what daemons before this one have left to be decided by others;
 /// and again after a while, since a store may be mounted later, and a guard may
-/// still have been at work.
+/// still have been at work. Networks follow what is configured as well: names of
+/// hosts may be resolved to other addresses by now.
 async fn resume(daemon: Arc<Daemon>) {
     loop {
         let resuming = Arc::clone(&daemon);
         let resumed = tokio::task::spawn_blocking(move || {
             let described = describe(&resuming.program, None)?;
+            if let Err(error) = resuming.networks_follow() {
+                log::error!("{}", sentence(&error));
+            }
             resuming.resume_in_doubt(&described.stores);
             resuming.resume_built(&Register::open(&resuming.run_dir)?)
         });

@@ -1,7 +1,8 @@
 //! Restores over several hosts. The leader has every host build its members
-//! paused; when all are built it decides, on disk, and has them released. A
-//! host that hears nothing for a while gives up, but for one that has built
-//! all: that asks how it was decided.
+//! paused; when all are built it decides, on disk, and has them released. What
+//! they send waits until all of them are connected on all hosts, or for
+//! [`HOLD_MAX`]. A host that hears nothing for a while gives up, but for one that
+//! has built all: that asks how it was decided.
 
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
@@ -13,13 +14,15 @@ use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use jsonrpsee::core::client::Client;
+
 use super::super::error::Error;
 use super::super::journal::{self, Joint, Register};
 use super::super::peers::Remote;
 use super::super::restore::{self, build, Built, RestoreRequest};
 use super::super::rpc::{
-    JobDone, JobId, JobTold, PeerClient, RestoreOutcome, RestoreStage, RestoreState, SnapshotRef,
-    Ticket,
+    JobDone, JobId, JobTold, PeerClient, RestoreFrames, RestoreOutcome, RestoreStage, RestoreState,
+    SnapshotRef, Ticket,
 };
 use super::jobs::Job;
 use super::{lock, Daemon};
@@ -34,6 +37,17 @@ const POLL: Duration = Duration::from_millis(150);
 /// How long the leader tries to reach a host that has yet to let its members
 /// run; that host asks by itself after this.
 const RELEASE_MAX: Duration = Duration::from_secs(20);
+/// How long the leader waits for all members to be connected, since all run: a bit
+/// longer than hosts do by themselves. And as long for a host that doesn't say
+/// that its members run, before those on other hosts go on.
+const CONNECTED_MAX: Duration = Duration::from_secs(12);
+/// How often it asks for that. Frames wait.
+const CONNECTED_POLL: Duration = Duration::from_millis(30);
+/// How long it tries to tell hosts to let frames go; they do so by themselves
+/// after [`HOLD_MAX`].
+const FLOW_MAX: Duration = Duration::from_secs(5);
+/// How long a host waits to be told, since its members run.
+const HOLD_MAX: Duration = Duration::from_secs(20);
 /// How long what became of it is remembered.
 const REMEMBERED: Duration = Duration::from_secs(120);
 /// Restores that this host may be building at a time.
@@ -42,6 +56,7 @@ const SIDES_MAX: usize = 16;
 /// What a host's side is told.
 enum SideOrder {
     Release { paused: bool },
+    Flow,
     Discard,
 }
 
@@ -69,6 +84,17 @@ impl Side {
         matches!(self.stage(), RestoreStage::Released | RestoreStage::Gone(_))
     }
 
+    /// Whether members run and their frames wait.
+    fn holds_frames(&self) -> bool {
+        let state = lock(&self.state);
+        state.stage == RestoreStage::Released && state.frames != RestoreFrames::Flow
+    }
+
+    fn order(&self, order: SideOrder) {
+        // One that has ended says so when it's asked.
+        let _ = lock(&self.orders).send(order);
+    }
+
     fn heard(&self) {
         *lock(&self.heard) = Instant::now();
     }
@@ -89,7 +115,7 @@ impl restore::Progress for Arc<Side> {
         }
     }
 
-    fn released(&mut self) {}
+    fn released(&mut self, _played: u64) {}
 }
 
 /// A side, and what it's told.
@@ -105,7 +131,8 @@ pub(super) struct Restores {
 impl Restores {
     /// Whether nothing goes on.
     pub fn is_empty(&self) -> bool {
-        let ended = |side: &Arc<Side>| side.stage() != RestoreStage::Building;
+        let ended =
+            |side: &Arc<Side>| side.stage() != RestoreStage::Building && !side.holds_frames();
         lock(&self.leading).is_empty() && lock(&self.sides).values().all(ended)
     }
 
@@ -115,6 +142,8 @@ impl Restores {
         for side in lock(&self.sides).values() {
             if side.stage() == RestoreStage::Building {
                 side.discard();
+            } else if side.holds_frames() {
+                side.order(SideOrder::Flow);
             }
         }
     }
@@ -166,7 +195,7 @@ impl Daemon {
         match outcome {
             Ok(RestoreOutcome::Open) => side.heard(),
             Ok(RestoreOutcome::Released { paused }) => {
-                let _ = lock(&side.orders).send(SideOrder::Release { paused });
+                side.order(SideOrder::Release { paused });
             }
             Ok(RestoreOutcome::Unknown) => side.discard(),
             // Paused domains harm nobody: asked again soon.
@@ -182,6 +211,7 @@ impl Daemon {
         leader: &Name,
         ticket: Ticket,
         snapshot: &SnapshotRef,
+        paused: bool,
     ) -> Result<(), Error> {
         let not_for = || Error::Failed(self.not_for(leader, &snapshot.vne));
         let described = self.vne(&snapshot.vne)?.ok_or_else(not_for)?;
@@ -205,7 +235,7 @@ impl Daemon {
                 member.name, snapshot.vne
             )));
         }
-        self.build_from(leader, ticket, opened, described.store)
+        self.build_from(leader, ticket, opened, described.store, paused)
     }
 
     fn build_from(
@@ -214,6 +244,7 @@ impl Daemon {
         ticket: Ticket,
         opened: Snapshot,
         store: PathBuf,
+        paused: bool,
     ) -> Result<(), Error> {
         self.not_stopping()?;
         let (said, heard) = mpsc::channel();
@@ -231,17 +262,19 @@ impl Daemon {
             run_dir: self.run_dir.clone(),
             program: self.program.clone(),
             joint: Some((leader.clone(), joint)),
-            paused: false,
+            copy: None,
+            paused,
         };
         std::thread::spawn(move || {
             let built = build(&request, &opened, (said, heard), &mut Arc::clone(&side));
-            side.set(match built {
-                Err(error) => RestoreStage::Gone(Some(sentence(&error))),
+            match built {
+                Err(error) => side.set(RestoreStage::Gone(Some(sentence(&error)))),
                 Ok(built) => {
+                    lock(&side.state).recorded = built.recorded();
                     side.set(RestoreStage::Built);
-                    finish(built, &orders)
+                    finish(&side, built, &orders);
                 }
-            });
+            }
         });
         Ok(())
     }
@@ -267,6 +300,9 @@ impl Daemon {
             state: Mutex::new(RestoreState {
                 built: Vec::new(),
                 stage,
+                recorded: 0,
+                frames: RestoreFrames::Flow,
+                warnings: Vec::new(),
             }),
             heard: Mutex::new(Instant::now()),
             interrupt: Mutex::new(interrupt),
@@ -302,7 +338,7 @@ impl Daemon {
             {
                 match Built::resume(&self.program, journal) {
                     Ok(built) => {
-                        std::thread::spawn(move || side.set(finish(built, &orders)));
+                        std::thread::spawn(move || finish(&side, built, &orders));
                     }
                     // Its journal is free again, for the next look.
                     Err(error) => {
@@ -332,8 +368,15 @@ impl Daemon {
     ) -> Option<()> {
         let side = self.restores.get(leader, ticket)?;
         side.heard();
-        // One that has ended says so when it's asked.
-        let _ = lock(&side.orders).send(SideOrder::Release { paused });
+        side.order(SideOrder::Release { paused });
+        Some(())
+    }
+
+    /// Lets go of what this host's members have sent.
+    pub(super) fn restore_flow(&self, leader: &Name, ticket: &Ticket) -> Option<()> {
+        let side = self.restores.get(leader, ticket)?;
+        side.heard();
+        side.order(SideOrder::Flow);
         Some(())
     }
 
@@ -388,18 +431,58 @@ impl Daemon {
     }
 }
 
-/// Waits for how it was decided.
-fn finish(built: Built, orders: &mpsc::Receiver<SideOrder>) -> RestoreStage {
-    match orders.recv() {
-        Ok(SideOrder::Release { paused }) => match built.release(paused) {
+/// Waits for how it was decided, and carries that out.
+fn finish(side: &Side, mut built: Built, orders: &mpsc::Receiver<SideOrder>) {
+    let paused = loop {
+        match orders.recv() {
+            Ok(SideOrder::Release { paused }) => break paused,
+            // Nothing flows before anything runs.
+            Ok(SideOrder::Flow) => {}
+            Ok(SideOrder::Discard) | Err(_) => {
+                built.discard();
+                return side.set(RestoreStage::Gone(None));
+            }
+        }
+    };
+    let start = Instant::now();
+    if paused {
+        return side.set(match built.leave_paused() {
             Ok(()) => RestoreStage::Released,
             Err(error) => RestoreStage::Gone(Some(sentence(&error))),
-        },
-        Ok(SideOrder::Discard) | Err(_) => {
-            built.discard();
-            RestoreStage::Gone(None)
+        });
+    }
+    if let Err(error) = built.run() {
+        return side.set(RestoreStage::Gone(Some(sentence(&error))));
+    }
+    if built.holds_frames() {
+        lock(&side.state).frames = RestoreFrames::Held;
+    }
+    side.set(RestoreStage::Released);
+    let flow = |order| matches!(order, SideOrder::Flow);
+    let mut told = false;
+    let late = built.wait_connected(|| {
+        told |= orders.try_iter().any(flow);
+        told
+    });
+    {
+        let mut state = lock(&side.state);
+        state.warnings = late;
+        if built.holds_frames() {
+            state.frames = RestoreFrames::Connected;
         }
     }
+    while built.holds_frames() && !told {
+        let left = HOLD_MAX.saturating_sub(start.elapsed());
+        match orders.recv_timeout(left) {
+            Ok(order) => told = flow(order),
+            Err(_) => {
+                log::warn!("not told that all members are connected: their frames go all the same");
+                told = true;
+            }
+        }
+    }
+    built.let_frames_go();
+    lock(&side.state).frames = RestoreFrames::Flow;
 }
 
 struct LeadRestore<'a> {
@@ -480,17 +563,18 @@ impl LeadRestore<'_> {
         let failed = |name: &Name, why: &str| Error::Failed(format!("{name}: {why}"));
         for party in parties.iter() {
             let (ticket, snapshot) = (ticket.clone(), self.snapshot.clone());
+            let paused = self.paused;
             match &party.remote {
                 None => {
                     if let Some(opened) = opened.take() {
                         let here = self.daemon.here();
                         self.daemon
-                            .build_from(&here, ticket, opened, store.clone())?;
+                            .build_from(&here, ticket, opened, store.clone(), paused)?;
                     }
                 }
                 Some(remote) => self
                     .call(remote, |client| async move {
-                        client.build(ticket, snapshot).await
+                        client.build(ticket, snapshot, Some(paused)).await
                     })
                     .map_err(|why| failed(&party.name, &why))?,
             }
@@ -556,66 +640,144 @@ impl LeadRestore<'_> {
         }
         let start = Instant::now();
         self.order_release(parties, ticket);
+        let mut flowing = false;
         loop {
-            for party in parties.iter_mut() {
-                // What isn't heard of is asked again.
-                let _ = self.look(party, ticket);
-            }
-            let over = |party: &Party| {
-                matches!(
-                    party.stage(),
-                    Some(RestoreStage::Released | RestoreStage::Gone(_))
-                )
-            };
-            if parties.iter().all(over) {
+            self.look_at_all(parties, ticket);
+            if parties.iter().all(Party::is_over) || start.elapsed() > RELEASE_MAX {
                 break;
             }
-            if start.elapsed() > RELEASE_MAX {
-                let late = parties.iter().filter(|party| !over(party));
-                let late: Vec<&str> = late.map(|party| party.name.as_str()).collect();
-                return Err(Error::Failed(format!(
-                    "{}: not heard of since all was built; the members there run as soon as it \
-                     can be reached",
-                    late.join(", ")
-                )));
+            // Those that run don't wait for one that isn't heard of.
+            if !flowing && start.elapsed() > CONNECTED_MAX {
+                self.let_frames_go(parties, ticket);
+                flowing = true;
             }
-            std::thread::sleep(POLL);
+            std::thread::sleep(CONNECTED_POLL);
             self.order_release(parties, ticket);
+        }
+        let late = parties.iter().filter(|party| !party.is_over());
+        let late: Vec<&str> = late.map(|party| party.name.as_str()).collect();
+        if !late.is_empty() {
+            return Err(Error::Failed(format!(
+                "{}: not heard of since all was built; the members there run as soon as it \
+                 can be reached",
+                late.join(", ")
+            )));
         }
         // Nobody will ask any more.
         let _ = std::fs::remove_file(&decision);
-        for party in parties.iter() {
+        let running = Instant::now();
+        while parties
+            .iter()
+            .any(|party| party.frames_are(RestoreFrames::Held))
+            && running.elapsed() < CONNECTED_MAX
+            && !self.interrupted.load(Ordering::Relaxed)
+        {
+            std::thread::sleep(CONNECTED_POLL);
+            self.look_at_all(parties, ticket);
+        }
+        self.let_frames_go(parties, ticket);
+        self.tell_released(parties)
+    }
+
+    fn look_at_all(&self, parties: &mut [Party], ticket: &Ticket) {
+        for party in parties {
+            // What isn't heard of is asked again.
+            let _ = self.look(party, ticket);
+        }
+    }
+
+    fn tell_released(&self, parties: &[Party]) -> Result<(), Error> {
+        for party in parties {
             if let Some(RestoreStage::Gone(why)) = party.stage() {
                 let why = why.as_deref().unwrap_or("it gave up");
                 return Err(Error::Failed(format!("{}: {why}", party.name)));
             }
         }
-        self.job.tell(JobTold::Released);
+        let states = parties.iter().filter_map(|party| party.state.as_ref());
+        let recorded = states.map(|state| state.recorded).sum();
+        for party in parties {
+            for warning in party.state.iter().flat_map(|state| &state.warnings) {
+                let told = format!("{}: {warning}", party.name);
+                self.job.tell(JobTold::Warning(told));
+            }
+            if !party.flows() {
+                let told = format!(
+                    "{}: not heard of since its members run: their frames may wait for {} s",
+                    party.name,
+                    HOLD_MAX.as_secs()
+                );
+                self.job.tell(JobTold::Warning(told));
+            }
+        }
+        if self.paused {
+            if let Some(told) = restore::not_played_back(recorded) {
+                self.job.tell(JobTold::Warning(told));
+            }
+        } else {
+            self.job.tell(JobTold::Released { played: recorded });
+        }
         Ok(())
     }
 
-    /// Far ones first, and all at once.
     fn order_release(&self, parties: &[Party], ticket: &Ticket) {
-        let waiting = |party: &&Party| party.stage() == Some(&RestoreStage::Built);
         let paused = self.paused;
-        let mut calls = Vec::new();
-        for party in parties.iter().filter(waiting) {
-            if let Some(remote) = &party.remote {
+        let waiting = |party: &Party| party.stage() == Some(&RestoreStage::Built);
+        self.order(
+            parties.iter().filter(|party| waiting(party)),
+            |remote| {
                 let (remote, ticket) = (Arc::clone(remote), ticket.clone());
-                calls.push(self.daemon.runtime.spawn(async move {
+                async move {
                     let call =
-                        remote.call(|client| async move { client.release(ticket, paused).await });
-                    call.await
-                }));
+                        |client: Arc<Client>| async move { client.release(ticket, paused).await };
+                    remote.call(call).await
+                }
+            },
+            |here| self.daemon.restore_release(here, ticket, paused),
+        );
+    }
+
+    /// Has all hosts let frames go that hold some.
+    fn let_frames_go(&self, parties: &mut [Party], ticket: &Ticket) {
+        let start = Instant::now();
+        loop {
+            self.order(
+                parties.iter().filter(|party| !party.flows()),
+                |remote| {
+                    let (remote, ticket) = (Arc::clone(remote), ticket.clone());
+                    async move {
+                        let call = |client: Arc<Client>| async move { client.flow(ticket).await };
+                        remote.call(call).await
+                    }
+                },
+                |here| self.daemon.restore_flow(here, ticket),
+            );
+            self.look_at_all(parties, ticket);
+            if parties.iter().all(Party::flows) || start.elapsed() > FLOW_MAX {
+                return;
+            }
+            std::thread::sleep(CONNECTED_POLL);
+        }
+    }
+
+    /// Orders something of these hosts: far ones first, and all at once.
+    fn order<'p, F>(
+        &self,
+        parties: impl Iterator<Item = &'p Party>,
+        far: impl Fn(&Arc<Remote>) -> F,
+        near: impl FnOnce(&Name) -> Option<()>,
+    ) where
+        F: std::future::Future<Output = Result<(), String>> + Send + 'static,
+    {
+        let mut calls = Vec::new();
+        let mut here = false;
+        for party in parties {
+            match &party.remote {
+                Some(remote) => calls.push(self.daemon.runtime.spawn(far(remote))),
+                None => here = true,
             }
         }
-        if parties
-            .iter()
-            .filter(waiting)
-            .any(|party| party.remote.is_none())
-        {
-            let here = self.daemon.here();
-            self.daemon.restore_release(&here, ticket, paused);
+        if here {
+            near(&self.daemon.here());
         }
         for call in calls {
             // Answers come with the next look.
@@ -647,7 +809,7 @@ impl LeadRestore<'_> {
     fn call<T, F>(
         &self,
         remote: &Arc<Remote>,
-        call: impl FnOnce(Arc<jsonrpsee::core::client::Client>) -> F,
+        call: impl FnOnce(Arc<Client>) -> F,
     ) -> Result<T, String>
     where
         F: std::future::Future<Output = Result<T, jsonrpsee::core::client::Error>>,
@@ -672,5 +834,109 @@ fn write_decision(path: &Path, paused: bool) -> std::io::Result<()> {
 impl Party {
     fn stage(&self) -> Option<&RestoreStage> {
         self.state.as_ref().map(|state| &state.stage)
+    }
+
+    fn is_over(&self) -> bool {
+        let over = |stage| matches!(stage, &RestoreStage::Released | &RestoreStage::Gone(_));
+        self.stage().is_some_and(over)
+    }
+
+    /// Whether its members run, and what becomes of their frames.
+    fn frames_are(&self, frames: RestoreFrames) -> bool {
+        let state = self.state.as_ref();
+        state.is_some_and(|s| s.stage == RestoreStage::Released && s.frames == frames)
+    }
+
+    /// Whether no frame waits there for a word.
+    fn flows(&self) -> bool {
+        !self.frames_are(RestoreFrames::Held) && !self.frames_are(RestoreFrames::Connected)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::super::journal::{Record, RestoreStage as JournalStage};
+    use super::super::super::workers::Program;
+    use super::*;
+
+    type TestResult<T = ()> = Result<T, Box<dyn std::error::Error>>;
+
+    /// What becomes of members without interfaces when these orders come.
+    fn finished(orders: Vec<SideOrder>) -> TestResult<(RestoreState, bool)> {
+        let dir = tempfile::tempdir()?;
+        let program = Program {
+            xl: PathBuf::from("/bin/echo"),
+            verbosity: 0,
+        };
+        let record = Record {
+            vne: String::from("lab"),
+            leader: None,
+            pid: std::process::id(),
+            store: PathBuf::new(),
+            domains: Vec::new(),
+            asked: false,
+            workers: Vec::new(),
+            holds: Vec::new(),
+            caps: Vec::new(),
+            restore: Some(JournalStage::Built),
+            joint: None,
+        };
+        let register = Register::open(dir.path())?;
+        let built = Built::resume(&program, register.enter(record)?)?;
+        let (to, heard) = mpsc::channel();
+        for order in orders {
+            to.send(order)?;
+        }
+        let (interrupt, _) = mpsc::channel();
+        let side = Side {
+            leader: Name::new("alpha")?,
+            state: Mutex::new(RestoreState {
+                built: Vec::new(),
+                stage: RestoreStage::Built,
+                recorded: 0,
+                frames: RestoreFrames::Flow,
+                warnings: Vec::new(),
+            }),
+            heard: Mutex::new(Instant::now()),
+            interrupt: Mutex::new(interrupt),
+            orders: Mutex::new(to),
+        };
+        finish(&side, built, &heard);
+        let state = lock(&side.state).clone();
+        Ok((state, register.is_empty()?))
+    }
+
+    #[test]
+    fn frames_do_not_flow_before_members_run() -> TestResult {
+        let (state, clean) = finished(vec![SideOrder::Flow, SideOrder::Discard])?;
+        assert_eq!(state.stage, RestoreStage::Gone(None));
+        assert!(clean);
+        Ok(())
+    }
+
+    #[test]
+    fn members_that_send_nothing_wait_for_no_word() -> TestResult {
+        for paused in [false, true] {
+            let (state, clean) = finished(vec![SideOrder::Release { paused }])?;
+            assert_eq!(state.stage, RestoreStage::Released);
+            assert_eq!(state.frames, RestoreFrames::Flow);
+            assert!(clean);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_host_that_says_nothing_of_frames_holds_none() -> TestResult {
+        let state: RestoreState = serde_json::from_str(r#"{"built":["b"],"stage":"released"}"#)?;
+        assert_eq!(state.frames, RestoreFrames::Flow);
+        let party = Party {
+            name: Name::new("beta")?,
+            remote: None,
+            told: 0,
+            heard: Instant::now(),
+            state: Some(state),
+        };
+        assert!(party.is_over() && party.flows());
+        Ok(())
     }
 }

@@ -133,9 +133,15 @@ impl PeerServer for Service {
             .await
     }
 
-    async fn build(&self, ticket: Ticket, snapshot: SnapshotRef) -> RpcResult<()> {
+    async fn build(
+        &self,
+        ticket: Ticket,
+        snapshot: SnapshotRef,
+        paused: Option<bool>,
+    ) -> RpcResult<()> {
         self.may(&snapshot.vne)?;
-        self.apart(move |daemon, peer| daemon.build_for(peer, ticket, &snapshot))
+        let paused = paused.unwrap_or(false);
+        self.apart(move |daemon, peer| daemon.build_for(peer, ticket, &snapshot, paused))
             .await
     }
 
@@ -148,6 +154,12 @@ impl PeerServer for Service {
     async fn release(&self, ticket: Ticket, paused: bool) -> RpcResult<()> {
         self.still_a_peer()?;
         let told = self.daemon.restore_release(&self.peer, &ticket, paused);
+        told.ok_or_else(|| refusal("that restore isn't known here"))
+    }
+
+    async fn flow(&self, ticket: Ticket) -> RpcResult<()> {
+        self.still_a_peer()?;
+        let told = self.daemon.restore_flow(&self.peer, &ticket);
         told.ok_or_else(|| refusal("that restore isn't known here"))
     }
 

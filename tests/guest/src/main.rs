@@ -7,8 +7,10 @@ mod await_ready;
 mod clock;
 mod cpu;
 mod dirty;
+mod frames;
 mod init;
 mod json;
+mod marks;
 mod mesh;
 mod peers;
 mod ring;
@@ -35,8 +37,12 @@ vne-guest: workloads of the lab's guests
   tcp-server [--port P]                             verify a byte stream
   tcp-client --to IP:PORT [--interval-us N] [--chunk N]
                                                     send a byte stream
+  marks --word W --to IP [--bytes N] [--interval-us N]
+                                                    full datagrams that say whose
+                                                    they are, to one other station
   cpu                                               count work done
   sink --port P [--seconds N]                       report on a stream, in JSON
+  frames INTERFACE … --seconds N                    count frames by the word in them
   ask IP [--timeout-ms N] [--tries N]               print a guest's counters, in JSON
   await-ready LOG --from BYTE --seconds N           wait for a guest's console log
                                                     to say that it's ready
@@ -61,6 +67,7 @@ fn main() -> ExitCode {
         }
         Some((verb, rest)) if verb == "ask" => ask::run(rest),
         Some((verb, rest)) if verb == "await-ready" => await_ready::run(rest),
+        Some((verb, rest)) if verb == "frames" => frames::run(rest),
         Some((verb, rest)) if verb == "sink" => sink::run(rest),
         Some(_) => tool(&words),
     };

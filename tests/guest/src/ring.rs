@@ -15,6 +15,7 @@ use crate::status::{self, lock, Status};
 use crate::workload::Run;
 
 const PORT: u16 = 7001;
+const CARD: &str = "/sys/class/net/eth0";
 /// Violations that are printed; all are counted.
 const PRINTED_MAX: u64 = 20;
 
@@ -41,6 +42,8 @@ struct Station {
     past: u64,
     future: u64,
     send_failures: u64,
+    /// How often it had to wait for the guest's card.
+    waited: u64,
 }
 
 impl Station {
@@ -78,7 +81,8 @@ impl Station {
             .number("violations", self.past + self.future)
             .number("past", self.past)
             .number("future", self.future)
-            .number("send_failures", self.send_failures);
+            .number("send_failures", self.send_failures)
+            .number("waited", self.waited);
         json
     }
 }
@@ -179,12 +183,31 @@ fn gather(peers: &Peers) -> Result<(), String> {
     Ok(())
 }
 
+/// Waits until the guest has its card, and says whether it had to: right after a
+/// restore, as after a migration, it hasn't, and its kernel drops what is sent
+/// then without a word. User programs don't run between that and this.
+fn await_card() -> bool {
+    let says = |file: &str, word: &str| {
+        let text = std::fs::read_to_string(format!("{CARD}/{file}"));
+        text.is_ok_and(|text| text.trim() == word)
+    };
+    let mut waited = false;
+    // The driver, and what the kernel has made of it.
+    while says("carrier", "0") || says("operstate", "down") {
+        waited = true;
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    waited
+}
+
 fn pass(peers: &Peers, station: &Arc<Mutex<Station>>, number: u64) {
+    let waited = await_card();
     let sent = peers.send(
         (peers.index + 1) % peers.all.len(),
         Message::Number(peers.me(), number),
     );
     let mut station = lock(station);
+    station.waited += u64::from(waited);
     match sent {
         Ok(()) => {
             station.sent += 1;

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::Error;
 use std::mem;
 use std::net::{Ipv4Addr, UdpSocket};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 /// Mounts a file system; one that's mounted already is fine.
 pub fn mount(kind: &str, target: &str) -> Result<(), String> {
@@ -139,12 +139,103 @@ pub fn on_interrupt(handler: extern "C" fn(libc::c_int)) -> Result<(), String> {
     Ok(())
 }
 
+/// Has the kernel refuse a datagram that doesn't fit, and mark the others so that
+/// nobody else breaks them up.
+pub fn never_fragment(socket: &UdpSocket) -> Result<(), String> {
+    set_option_of(
+        socket,
+        libc::IPPROTO_IP,
+        libc::IP_MTU_DISCOVER,
+        libc::IP_PMTUDISC_DO,
+    )
+}
+
+/// Sees all frames of one interface, in both directions.
+pub struct PacketSocket(OwnedFd);
+
+impl PacketSocket {
+    /// Starts seeing them; a wait for one ends after 100 ms.
+    pub fn open(interface: &str) -> Result<Self, String> {
+        let failed = || format!("cannot listen to {interface}: {}", Error::last_os_error());
+        // No protocol yet: until it's bound, it would see all interfaces' frames.
+        // SAFETY: no memory is involved.
+        let socket = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW, 0) };
+        if socket < 0 {
+            return Err(failed());
+        }
+        // SAFETY: the descriptor was just opened and is nobody else's.
+        let socket = unsafe { OwnedFd::from_raw_fd(socket) };
+        let name = text(interface)?;
+        // SAFETY: all-zero is a valid sockaddr_ll.
+        let mut place: libc::sockaddr_ll = unsafe { mem::zeroed() };
+        place.sll_family = libc::AF_PACKET as libc::c_ushort;
+        place.sll_protocol = (libc::ETH_P_ALL as u16).to_be();
+        // SAFETY: the name is NUL-terminated and lives through the call.
+        place.sll_ifindex = unsafe { libc::if_nametoindex(name.as_ptr()) } as libc::c_int;
+        if place.sll_ifindex == 0 {
+            return Err(failed());
+        }
+        // SAFETY: the address is ours and as long as said.
+        let result = unsafe {
+            libc::bind(
+                socket.as_raw_fd(),
+                (&raw const place).cast(),
+                mem::size_of_val(&place) as libc::socklen_t,
+            )
+        };
+        if result != 0 {
+            return Err(failed());
+        }
+        let wait = libc::timeval {
+            tv_sec: 0,
+            tv_usec: 100_000,
+        };
+        // SAFETY: the value is ours and as long as said.
+        let result = unsafe {
+            libc::setsockopt(
+                socket.as_raw_fd(),
+                libc::SOL_SOCKET,
+                libc::SO_RCVTIMEO,
+                (&raw const wait).cast(),
+                mem::size_of_val(&wait) as libc::socklen_t,
+            )
+        };
+        match result {
+            0 => Ok(Self(socket)),
+            _ => Err(failed()),
+        }
+    }
+
+    /// The next frame's length, if one comes.
+    pub fn receive(&self, buffer: &mut [u8]) -> Option<usize> {
+        // SAFETY: the buffer is ours and as long as said.
+        let count = unsafe {
+            libc::recv(
+                self.0.as_raw_fd(),
+                buffer.as_mut_ptr().cast(),
+                buffer.len(),
+                0,
+            )
+        };
+        usize::try_from(count).ok()
+    }
+}
+
 fn set_option(socket: &UdpSocket, option: libc::c_int, value: libc::c_int) -> Result<(), String> {
+    set_option_of(socket, libc::SOL_SOCKET, option, value)
+}
+
+fn set_option_of(
+    socket: &UdpSocket,
+    level: libc::c_int,
+    option: libc::c_int,
+    value: libc::c_int,
+) -> Result<(), String> {
     // SAFETY: the value is ours and as long as said.
     let result = unsafe {
         libc::setsockopt(
             socket.as_raw_fd(),
-            libc::SOL_SOCKET,
+            level,
             option,
             (&raw const value).cast(),
             mem::size_of_val(&value) as libc::socklen_t,

@@ -1,7 +1,7 @@
 //! The workloads by name.
 
 use crate::status::Status;
-use crate::{cpu, mesh, ring, stream, tcp_client, tcp_server};
+use crate::{cpu, marks, mesh, ring, stream, tcp_client, tcp_server};
 
 /// A workload, ready to run; most never end.
 pub type Run = Box<dyn FnOnce() -> Result<(), String> + Send>;
@@ -12,6 +12,7 @@ pub fn prepare(words: &[String], status: &Status) -> Result<Run, String> {
     let (name, rest) = words.split_first().ok_or("no workload is named")?;
     match name.as_str() {
         "ring" => ring::prepare(rest, status),
+        "marks" => marks::prepare(rest, status),
         "mesh" => mesh::prepare(rest, status),
         "stream" => stream::prepare(rest, status),
         "tcp-server" => tcp_server::prepare(rest, status),

@@ -195,6 +195,9 @@ struct GuestArgs {
     /// Address in 10.77.0.0/16; follows from host and name when not given
     #[arg(long)]
     ip: Option<Ipv4Addr>,
+    /// The VNE whose own network it's on, if it isn't on the hosts'
+    #[arg(long)]
+    vne: Option<String>,
     /// Local file to be found at /BASENAME in the guest
     #[arg(long)]
     add: Vec<PathBuf>,
@@ -329,6 +332,8 @@ fn guest(args: GuestArgs) -> Result<()> {
         dirty_pages_per_s: args.dirty,
         working_set_mib: args.working_set,
         ip: args.ip,
+        mac: None,
+        vne: args.vne,
         add: args.add,
         workload: args.workload,
     };

@@ -67,14 +67,8 @@ pub fn run() -> Result<()> {
         "The domains are back in the moment of the snapshot: no number was seen twice, and none \
          that hadn't been sent.",
     );
-    match vne.turning(Duration::from_secs(8)) {
-        Ok(()) => say("The token rested with a station at that moment, and goes round again."),
-        Err(_) => say(
-            "The token was on the wire at that moment, or was passed on before the next domain \
-             had its network again. This version doesn't record frames on their way, so the ring \
-             stands still.",
-        ),
-    }
+    vne.turning(Duration::from_secs(8))?;
+    say("The token goes round again. If it was on the wire, that was recorded and played back.");
     vne.remove_all()
 }
 

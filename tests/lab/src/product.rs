@@ -44,6 +44,7 @@ pub fn stage() -> Result<PathBuf> {
     copy(&shims.join("vne-save-policy.so"), &programs)?;
     copy(&target(&root).join("release/vned"), &programs)?;
     copy(&root.join("packaging/vned.service"), &programs)?;
+    copy(&root.join("packaging/hotplug/vif-vne"), &programs)?;
     let plugins = private.join("lib/xl-plugins");
     fs::create_dir_all(&plugins).context("cannot create the plugins' folder")?;
     fs::copy(&plugin, plugins.join("vne.so")).context("cannot copy the plugin")?;
@@ -83,6 +84,7 @@ pub fn install(lab: &Lab, host: usize, stage: &Path) -> Result<()> {
          mkdir -p ${{f%/*}}; cp /root/stage/$f $f.new; chmod 755 $f.new; mv $f.new $f; done; \
          install -m 755 /root/stage/bin/vned /usr/sbin/vned.new; mv /usr/sbin/vned.new /usr/sbin/vned; \
          install -m 644 /root/stage/bin/vned.service /etc/systemd/system; \
+         install -m 755 /root/stage/bin/vif-vne /etc/xen/scripts; \
          mkdir -p /etc/systemd/system/vned.service.d; \
          printf '[Service]\\nStandardError=append:/var/log/vned.log\\n' \
          > /etc/systemd/system/vned.service.d/lab.conf; systemctl daemon-reload; \

@@ -752,11 +752,11 @@ impl World {
                         step,
                     },
                 );
-                return;
+                HostInput::Cut(member - first)
             }
             Step::Resume(member) => {
                 self.members[member].suspended = None;
-                HostInput::Cut(member - first)
+                HostInput::Runs(member - first)
             }
             Step::Release => {
                 self.let_go(node, take);

@@ -6,7 +6,7 @@ use anyhow::{ensure, Context, Result};
 use serde_json::Value;
 
 use super::vne::{number, Vne, NAME};
-use super::whole::{downtimes_ms, ms, restore, spread};
+use super::whole::{downtimes_ms, ms, restore, spread, tell};
 
 /// How long the token's way is watched.
 const WATCHED: Duration = Duration::from_secs(20);
@@ -18,13 +18,13 @@ const TAKES: usize = 10;
 /// Takes of all, each beside one of every member alone.
 const PAIRS: usize = 5;
 
-/// Ten snapshots at moments that are spread over the token's way, taken by
-/// commands on either host and restored by commands on the first.
+/// Ten snapshots at moments that are spread over the token's way, taken and
+/// restored by commands on either host.
 pub fn ten_restores(vne: &Vne) -> Result<String> {
     vne.remove_all()?;
     let mut manifests = Vec::new();
     for round in 0..TAKES {
-        std::thread::sleep(Duration::from_millis(613 * (round as u64 % 7)));
+        std::thread::sleep(Duration::from_millis(213 * (round as u64 % 7)));
         let manifest = vne.take_on(round % 2, NAME)?;
         vne.turning(Duration::from_secs(15))?;
         manifests.push(manifest);
@@ -36,21 +36,12 @@ pub fn ten_restores(vne: &Vne) -> Result<String> {
         each.iter().all(|listed| listed.len() == TAKES) && each[0] == each[1],
         "not the same {TAKES} snapshots are listed on both hosts: {each:?}"
     );
-    let mut tokens = Vec::new();
-    for snapshot in &each[0] {
-        tokens.push(restore(vne, snapshot)?);
+    let mut restored = Vec::new();
+    for (round, snapshot) in each[0].iter().enumerate() {
+        restored.push(restore(vne, round % 2, snapshot)?);
     }
     vne.remove_all()?;
-    ensure!(tokens.contains(&1), "the token was never caught at rest");
-    // The ring of a restored VNE may have lost its token: afresh for the next.
-    vne.start_afresh()?;
-    let alive = tokens.iter().filter(|tokens| **tokens == 1).count();
-    Ok(format!(
-        "  {TAKES} restores: one token in {alive}, none in {}, never two; no number that wasn't \
-         sent\n{}",
-        TAKES - alive,
-        describe(&manifests)
-    ))
+    Ok(format!("{}\n{}", tell(&restored), describe(&manifests)))
 }
 
 /// Figures of some takes.

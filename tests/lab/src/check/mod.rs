@@ -3,11 +3,14 @@
 mod across;
 mod downtime;
 mod failure;
+mod frames;
 mod hostile;
 mod input;
 mod loader;
 mod matrix;
+mod network;
 mod peers;
+mod restored;
 mod tcp;
 mod vne;
 mod whole;
@@ -39,6 +42,10 @@ const PV: &[Check] = &[
         run: input::bad_input,
     },
     Check {
+        name: "frames_of_all_protocols_are_held_and_recorded",
+        run: frames::all_protocols,
+    },
+    Check {
         name: "guests_go_on_through_20_snapshots_in_a_row",
         run: whole::twenty_in_a_row,
     },
@@ -51,8 +58,12 @@ const PV: &[Check] = &[
         run: whole::save_file_is_refused,
     },
     Check {
-        name: "ten_restores_never_show_two_tokens_or_one_from_the_future",
+        name: "ten_restores_have_exactly_one_token_each",
         run: whole::ten_restores,
+    },
+    Check {
+        name: "copies_under_another_name_run_beside_the_originals",
+        run: whole::copy_beside,
     },
     Check {
         name: "killed_at_any_phase_everybody_runs_within_5_s",
@@ -61,6 +72,14 @@ const PV: &[Check] = &[
     Check {
         name: "a_restore_that_is_ended_leaves_no_member",
         run: failure::restore_is_all_or_none,
+    },
+    Check {
+        name: "what_restored_members_send_waits_until_all_are_connected",
+        run: restored::frames_wait,
+    },
+    Check {
+        name: "a_restore_killed_while_frames_wait_leaves_no_hold_and_all_run",
+        run: restored::killed_while_frames_wait,
     },
     Check {
         name: "a_full_disk_fails_the_take_and_harms_nobody",
@@ -79,7 +98,7 @@ const TWO_HOSTS: &[Check] = &[
         run: across::ring_turns,
     },
     Check {
-        name: "ten_snapshots_over_two_hosts_are_restored_with_one_token_at_most",
+        name: "ten_snapshots_over_two_hosts_are_restored_with_exactly_one_token",
         run: across::ten_restores,
     },
     Check {
@@ -87,8 +106,24 @@ const TWO_HOSTS: &[Check] = &[
         run: across::skew_and_downtime,
     },
     Check {
+        name: "what_members_restored_on_two_hosts_send_waits_until_all_are_connected",
+        run: restored::frames_wait,
+    },
+    Check {
+        name: "a_restore_on_two_hosts_killed_while_frames_wait_leaves_no_hold_and_all_run",
+        run: restored::killed_while_frames_wait,
+    },
+    Check {
         name: "a_tcp_stream_between_hosts_goes_on_through_20_snapshots",
         run: tcp::stream_goes_on,
+    },
+    Check {
+        name: "a_tcp_stream_between_hosts_is_restored_in_the_middle",
+        run: tcp::stream_is_restored,
+    },
+    Check {
+        name: "networks_of_two_vnes_with_the_same_addresses_stay_apart",
+        run: network::side_by_side,
     },
     Check {
         name: "whatever_fails_over_two_hosts_harms_nobody",
@@ -173,8 +208,7 @@ pub fn run(group: &Group, filter: &str, tally: &mut Tally) -> Result<()> {
         return Ok(());
     }
     let stage: PathBuf = product::stage()?;
-    let measure = product::example("measure")?;
-    let hostile = product::example("hostile")?;
+    let programs = ["measure", "hostile", "holds"];
     let shape = Shape {
         flavour: group.flavour,
         hosts: group.placement.hosts,
@@ -183,9 +217,11 @@ pub fn run(group: &Group, filter: &str, tally: &mut Tally) -> Result<()> {
     let lab = Lab::up(&shape, Life::Tied)?;
     for host in 0..shape.hosts {
         product::install(&lab, host, &stage)?;
-        lab.put(host, &hostile, "/usr/local/bin/hostile")?;
+        for name in programs {
+            let program = product::example(name)?;
+            lab.put(host, &program, &format!("/usr/local/bin/{name}"))?;
+        }
     }
-    lab.put(0, &measure, "/usr/local/bin/measure")?;
     let vne =
         Vne::start_placed(lab, group.placement).context("the VNE under test doesn't start")?;
     for check in chosen {

@@ -31,16 +31,19 @@ pub const DOM0_WEIGHT: u32 = 4096;
 /// static key for ingress hooks stays on. Switching it patches code that other
 /// processors run, and the emulator may go on executing the breakpoint that
 /// stands there meanwhile: a processor of dom0 then hangs for ever at the first
-/// branch of `__netif_receive_skb_core`.
+/// branch of `__netif_receive_skb_core`. For the same reason there is a tc hook
+/// that does nothing.
 const SETTLE: &str = "set -e
 timeout 300 systemctl is-system-running --wait >/dev/null || {
     systemctl --failed --no-legend
     systemctl is-system-running | grep -qx degraded
 }
-modprobe -a xen-netback xen-blkback sch_plug ifb nf_tables nft_fwd_netdev
+modprobe -a xen-netback xen-blkback sch_plug ifb nf_tables nft_fwd_netdev \\
+    tun bridge vxlan macvlan sch_ingress cls_bpf
 xl sched-credit2 -d Domain-0 -w \"$DOM0_WEIGHT\"
 nft add table netdev lab
 nft add chain netdev lab keep '{ type filter hook ingress device lo priority 0; }'
+tc qdisc add dev lo clsact
 xl info >/dev/null
 xl list >/dev/null
 sync";

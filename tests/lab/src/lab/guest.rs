@@ -42,6 +42,11 @@ pub struct Guest {
     pub working_set_mib: u32,
     /// Its address; without it one that follows from host and name.
     pub ip: Option<Ipv4Addr>,
+    /// The last bytes of its MAC address; without them some that follow from host
+    /// and name.
+    pub mac: Option<[u8; 3]>,
+    /// The VNE whose own network it's on, if it isn't on the hosts'.
+    pub vne: Option<String>,
     /// Files to be found at `/BASENAME` in the guest.
     pub add: Vec<PathBuf>,
     /// The workload and its arguments.
@@ -59,6 +64,8 @@ impl Guest {
             dirty_pages_per_s: 0,
             working_set_mib: 64,
             ip: None,
+            mac: None,
+            vne: None,
             add: Vec::new(),
             workload: Vec::new(),
         }
@@ -134,6 +141,11 @@ impl Guest {
         let kind = self.kind.unwrap_or(flavour).name();
         let name = &self.name;
         let hash = name_hash(host, name);
+        let mac = self.mac.unwrap_or([hash[1] & 0x7f, hash[2], hash[3]]);
+        let bridge = match &self.vne {
+            Some(vne) => format!("script=vif-vne,bridge={vne}"),
+            None => String::from("bridge=xenbr0"),
+        };
         format!(
             "name = \"{name}\"\n\
              type = \"{kind}\"\n\
@@ -143,14 +155,9 @@ impl Guest {
              memory = {}\n\
              maxmem = {}\n\
              vcpus = {}\n\
-             vif = [ \"mac=00:16:3e:{:02x}:{:02x}:{:02x},bridge=xenbr0\" ]\n\
+             vif = [ \"mac=00:16:3e:{:02x}:{:02x}:{:02x},{bridge}\" ]\n\
              on_crash = \"destroy\"\n",
-            self.memory_mib,
-            self.memory_mib,
-            self.vcpus,
-            hash[1] & 0x7f,
-            hash[2],
-            hash[3],
+            self.memory_mib, self.memory_mib, self.vcpus, mac[0], mac[1], mac[2],
         )
     }
 
@@ -198,7 +205,10 @@ fn name_hash(host: usize, name: &str) -> [u8; 4] {
 /// Builds the static program `vne-guest` and returns its path.
 pub fn binary(cache: &Cache) -> Result<PathBuf> {
     let target = "x86_64-unknown-linux-gnu";
-    let dir = cache.dir("guest-target")?;
+    // One for each checkout: cargo takes a program that was built from another
+    // one's newer sources for that of this one.
+    let checkout = Key::new("checkout").with("path", workspace().display().to_string());
+    let dir = cache.dir(&format!("guest-target-{}", checkout.finish()))?;
     let log = dir.join("build.log");
     // Only the last run is of interest; it's fine when there was none.
     let _ = std::fs::remove_file(&log);
