@@ -11,7 +11,6 @@ pub mod sidecar;
 pub mod stream;
 
 mod abi;
-mod priority;
 mod random;
 mod sentence;
 

@@ -29,7 +29,6 @@ use super::DomainFacts;
 use crate::clock::now_ns;
 use crate::image::{MemberHandle, MemberWriter, Name, WriterOptions};
 use crate::net::{self, Stopped as NetStopped, Watched};
-use crate::priority;
 use crate::sentence::sentence;
 use crate::stream::{Ingest, Page, PageType, Place, Sink, XcHeader};
 
@@ -315,7 +314,7 @@ fn capture(
     if uncounted > 0 {
         return Err(format!(
             "{}: {uncounted} frames that it had sent before its cut came too late to be recorded \
-             (is dom0 short of processors?)",
+             (is dom0 short of processors, or its vif's rate limited?)",
             facts.name
         ));
     }
@@ -525,8 +524,6 @@ impl Asker {
                     self.times.suspended_ns = message.time_ns;
                     self.stopped = stopped;
                     if stopped {
-                        // Others wait for this; the helper copies pages meanwhile.
-                        priority::urgent(true);
                         self.look_at_stop();
                     }
                 }

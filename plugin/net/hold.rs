@@ -17,7 +17,7 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use netlink_packet_core::{DefaultNla, NLM_F_CREATE, NLM_F_EXCL};
-use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage, State, Stats64};
+use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage, State};
 use netlink_packet_route::tc::{TcAttribute, TcHandle, TcMessage, TcStats2};
 use netlink_packet_route::RouteNetlinkMessage;
 use serde::{Deserialize, Serialize};
@@ -34,12 +34,10 @@ const TCA_OPTIONS: u16 = 2;
 const DRAIN_MAX: Duration = Duration::from_secs(2);
 
 /// How long nothing must have come through a vif for its redirect to go.
-const QUIET_MIN: Duration = Duration::from_millis(2);
-/// How long to wait for what a stopped member had sent.
-const TAKEN_MAX: Duration = Duration::from_millis(20);
+pub(super) const QUIET_MIN: Duration = Duration::from_millis(2);
 /// How long to wait for that; frames flow meanwhile.
 const QUIET_WAIT_MAX: Duration = Duration::from_millis(500);
-const LOOK_INTERVAL: Duration = Duration::from_micros(500);
+pub(super) const LOOK_INTERVAL: Duration = Duration::from_micros(500);
 
 /// `struct tc_plug_qopt` (linux/pkt_sched.h): what a plug qdisc can be told.
 #[derive(Clone, Copy)]
@@ -136,128 +134,6 @@ pub struct Hold {
     limit_bytes: u32,
     /// Sees what leaves it.
     tap: Tap,
-}
-
-/// A member's network at its cut.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Stopped {
-    /// How many frames waited in each of its holds: what it had sent by then, and
-    /// nobody had seen.
-    pub queued: Vec<u32>,
-    /// How many frames it had sent since its vifs exist.
-    pub sent: u64,
-    /// How many it had been given.
-    pub given: u64,
-}
-
-/// Holds and their vifs, to be looked at when there is no time to lose.
-#[derive(Debug)]
-pub struct Watched {
-    rtnl: Rtnl,
-    ifbs: Vec<(String, u32)>,
-    vifs: Vec<(String, u32)>,
-}
-
-impl Watched {
-    /// Finds them, so that looking takes one message each.
-    pub fn open(records: &[HoldRecord]) -> Result<Self, Error> {
-        let find = |name: &String| Ok::<_, Error>((name.clone(), require_index(name)?));
-        let all = |name: fn(&HoldRecord) -> &String| {
-            let found: Result<Vec<_>, _> = records.iter().map(name).map(find).collect();
-            found
-        };
-        Ok(Self {
-            rtnl: Rtnl::open()?,
-            ifbs: all(|record| &record.ifb)?,
-            vifs: all(|record| &record.vif)?,
-        })
-    }
-
-    /// Looks at a member that has just stopped. What it had left in its rings by
-    /// then is taken from there within moments; whether more comes later is for
-    /// the caller to see.
-    pub fn stopped(&mut self) -> Result<Stopped, Error> {
-        let start = Instant::now();
-        let (mut sent, mut since) = (self.sent()?, start);
-        while since.elapsed() < QUIET_MIN && start.elapsed() < TAKEN_MAX {
-            std::thread::sleep(LOOK_INTERVAL);
-            let now = self.sent()?;
-            if now != sent {
-                (sent, since) = (now, Instant::now());
-            }
-        }
-        let mut queued = Vec::new();
-        for (ifb, index) in &self.ifbs {
-            queued.push(counters(&mut self.rtnl, ifb, *index)?.queued_frames);
-        }
-        let given = self.given()?;
-        Ok(Stopped {
-            queued,
-            sent,
-            given,
-        })
-    }
-
-    /// How many frames have come from the guest, through all its vifs, since
-    /// these exist.
-    pub fn sent(&mut self) -> Result<u64, Error> {
-        self.sum(|stats| stats.rx_packets)
-    }
-
-    /// Waits until nothing comes for the guest any more, or until `deadline`: then
-    /// what was sent before all was held has arrived.
-    pub fn drain(&mut self, deadline: Instant) -> Result<(), Error> {
-        let (mut before, mut since) = (None, Instant::now());
-        while since.elapsed() < QUIET_MIN && Instant::now() < deadline {
-            let seen = (self.given()?, self.waiting());
-            if before != Some(seen) || seen.1 > 0 {
-                (before, since) = (Some(seen), Instant::now());
-            }
-            std::thread::sleep(LOOK_INTERVAL);
-        }
-        Ok(())
-    }
-
-    /// How many frames wait for the guests to have room for them.
-    fn waiting(&mut self) -> u32 {
-        let mut sum = 0u32;
-        for (vif, index) in &self.vifs {
-            // Some queues can't be looked at: those that never hold anything.
-            let queue = counters(&mut self.rtnl, vif, *index);
-            sum = sum.saturating_add(queue.map_or(0, |queue| queue.queued_frames));
-        }
-        sum
-    }
-
-    /// How many frames have been given to the guest, through all its vifs, since
-    /// these exist.
-    pub fn given(&mut self) -> Result<u64, Error> {
-        self.sum(|stats| stats.tx_packets)
-    }
-
-    fn sum(&mut self, of: impl Fn(&Stats64) -> u64) -> Result<u64, Error> {
-        let mut sum = 0u64;
-        for (vif, index) in &self.vifs {
-            let mut request = LinkMessage::default();
-            request.header.index = *index;
-            let what = format!("look at {vif}");
-            let found = self
-                .rtnl
-                .get(&what, RouteNetlinkMessage::GetLink(request))?;
-            let RouteNetlinkMessage::NewLink(link) = found else {
-                return Err(Error::Answer(what));
-            };
-            let count = link
-                .attributes
-                .iter()
-                .find_map(|attribute| match attribute {
-                    LinkAttribute::Stats64(stats) => Some(of(stats)),
-                    _ => None,
-                });
-            sum = sum.saturating_add(count.unwrap_or_default());
-        }
-        Ok(sum)
-    }
 }
 
 impl Hold {
@@ -441,7 +317,7 @@ fn plug_message(index: u32, action: Plug, limit_bytes: u32) -> TcMessage {
     message
 }
 
-fn counters(rtnl: &mut Rtnl, ifb: &str, index: u32) -> Result<HoldCounters, Error> {
+pub(super) fn counters(rtnl: &mut Rtnl, ifb: &str, index: u32) -> Result<HoldCounters, Error> {
     let what = format!("count the frames in {ifb}");
     let mut request = TcMessage::with_index(index as i32);
     request.header.parent = TcHandle::ROOT;
@@ -464,6 +340,20 @@ fn counters(rtnl: &mut Rtnl, ifb: &str, index: u32) -> Result<HoldCounters, Erro
             dropped_frames: queue.drops,
         })
         .ok_or_else(|| Error::Answer(format!("the counters of {ifb}")))
+}
+
+/// Waits until holds that are blocked have handed on all that had left them before,
+/// or until `deadline`: an ifb does so in a softirq, which may have to wait for a
+/// processor.
+pub fn wait_handed_on(holds: &[Hold], rtnl: &mut Rtnl, deadline: Instant) -> Result<(), Error> {
+    loop {
+        let traffic = traffic(rtnl)?;
+        let inside = |hold: &Hold| traffic.get(&hold.ifb_index).map_or(0, |seen| seen.inside);
+        if holds.iter().all(|hold| inside(hold) == 0) || Instant::now() >= deadline {
+            return Ok(());
+        }
+        std::thread::sleep(LOOK_INTERVAL);
+    }
 }
 
 /// Removes the redirects of `holds`, which are released.

@@ -8,16 +8,19 @@ mod links;
 mod nft;
 pub mod overlay;
 mod play;
+mod rings;
 mod rtnl;
 mod tap;
 #[cfg(test)]
 mod tests;
+mod watched;
 
 pub use frames::Frame;
-pub use hold::{Hold, HoldCounters, HoldRecord, Stopped, Watched};
+pub use hold::{Hold, HoldCounters, HoldRecord};
 pub use nft::Nft;
 pub use play::{Player, BACKLOG_MAX};
 pub use rtnl::Rtnl;
+pub use watched::{drain, Stopped, Watched};
 
 /// What can go wrong between us and the kernel's network.
 #[derive(Debug, thiserror::Error)]

@@ -16,7 +16,6 @@ use crate::clock::now_ns;
 use crate::cut::{FromHost, Host, HostAction, HostInput, Phase, Reply, Session, TakeId};
 use crate::domain::messages::Event;
 use crate::image::Manifest;
-use crate::priority;
 use crate::sentence::sentence;
 
 /// How often a member's rounds are told, in ns: for people that's enough.
@@ -226,16 +225,10 @@ impl Acting<'_> {
     }
 
     fn tell(&mut self, input: HostInput) {
-        let before = self.host.phase();
         let actions = self.host.handle(now_ns(), input);
         self.todo.extend(actions);
         self.in_doubt
             .store(self.host.is_in_doubt(), Ordering::Relaxed);
-        let after = self.host.phase();
-        if before.holds() != after.holds() {
-            // Before anything is undone: that starts processes.
-            priority::urgent(after.holds());
-        }
     }
 
     fn hear(&mut self, heard: Heard) {

@@ -17,7 +17,6 @@ use crate::cut::{
 use crate::domain::policy::{PolicyConfig, Round};
 use crate::domain::DomainFacts;
 use crate::image::{Cut, Manifest, Name, SnapshotId, StoreId, FORMAT};
-use crate::priority;
 
 /// How long hosts that haven't heard yet that the snapshot exists are waited
 /// for. They learn it by themselves as soon as they can, in ns.
@@ -304,7 +303,6 @@ impl Leading<'_> {
             // Whoever watches may be slow, and nobody is to wait for that.
             if self.told != Some(phase) {
                 self.told = Some(phase);
-                priority::urgent(phase.holds());
                 self.progress.tell(Told::Phase(phase));
             }
             match phase {

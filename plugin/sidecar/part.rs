@@ -29,7 +29,10 @@ const RECOVER_MAX: Duration = Duration::from_secs(10);
 
 /// How long to wait for the members' networks to become quiet, once all that
 /// members send is held. What outsiders send never ends.
-const DRAIN_MAX: Duration = Duration::from_millis(25);
+const DRAIN_MAX: Duration = Duration::from_millis(60);
+/// How long frames that had left a hold before it was blocked may take to be on
+/// their way.
+const HANDED_ON_MAX: Duration = Duration::from_millis(50);
 /// What was let go has come through its ifb within this.
 const RECORD_MAX: Duration = Duration::from_secs(2);
 
@@ -292,15 +295,15 @@ impl Part {
                 }
                 self.blocked_ns = now_ns();
                 self.on_holds(Hold::block)?;
+                if let Some(rtnl) = &mut self.rtnl {
+                    // Frames on the way to another host leave before it's told.
+                    let deadline = Instant::now() + HANDED_ON_MAX;
+                    net::hold::wait_handed_on(&self.holds, rtnl, deadline)?;
+                }
                 Ok(Some(HostInput::Blocked))
             }
             HostAction::Cut => {
-                let deadline = Instant::now() + DRAIN_MAX;
-                for member in &mut self.members {
-                    if let Some(watched) = &mut member.watched {
-                        watched.drain(deadline)?;
-                    }
-                }
+                self.drain()?;
                 for hold in &self.holds {
                     hold.begin_record()?;
                 }
@@ -505,6 +508,21 @@ impl Part {
             for hold in &self.holds {
                 hold.check_overflow(hold.counters(rtnl)?)?;
             }
+        }
+        Ok(())
+    }
+
+    /// Waits for what was on the way to the members to be theirs.
+    fn drain(&mut self) -> Result<(), Error> {
+        let deadline = Instant::now() + DRAIN_MAX;
+        let watched = self.members.iter_mut();
+        let mut watched: Vec<_> = watched.filter_map(|m| m.watched.as_mut()).collect();
+        if !net::drain(&mut watched, deadline)? {
+            // What they haven't read by their cuts is counted as late.
+            log::info!(
+                "frames are still coming in {} ms after the hold",
+                DRAIN_MAX.as_millis()
+            );
         }
         Ok(())
     }
