@@ -172,25 +172,36 @@ impl Watched {
     }
 }
 
-/// Waits until the members have read what was sent to them before all was held, or
-/// until `deadline`: whether they have by then.
-pub fn drain(members: &mut [&mut Watched], deadline: Instant) -> Result<bool, Error> {
-    let (mut before, mut since) = (Vec::new(), Instant::now());
+/// Waits until the members have read what was sent to them before all was held: true
+/// if they have within `read_max`.
+///
+/// That's when each has had read all there was, at one moment or another: what comes
+/// later is from outside. What is still on the wire between hosts shows when it
+/// arrives, so nothing must have come for a moment; outsiders may never stop, so that
+/// is waited for only until `quiet_max`.
+pub fn drain(
+    members: &mut [&mut Watched],
+    quiet_max: Duration,
+    read_max: Duration,
+) -> Result<bool, Error> {
+    let start = Instant::now();
+    let mut has_read = vec![false; members.len()];
+    let (mut before, mut since) = (Vec::new(), start);
     loop {
         let mut counts = Vec::new();
-        let mut all_read = true;
-        for member in &mut *members {
+        for (member, has_read) in members.iter_mut().zip(&mut has_read) {
             let (count, is_read) = member.arrived()?;
             counts.push(count);
-            all_read &= is_read;
+            *has_read |= is_read;
         }
-        if counts != before || !all_read {
+        if counts != before {
             (before, since) = (counts, Instant::now());
         }
-        if since.elapsed() >= QUIET_MIN {
+        let all_read = has_read.iter().all(|has_read| *has_read);
+        if all_read && (since.elapsed() >= QUIET_MIN || start.elapsed() >= quiet_max) {
             return Ok(true);
         }
-        if Instant::now() >= deadline {
+        if start.elapsed() >= read_max {
             return Ok(false);
         }
         std::thread::sleep(LOOK_INTERVAL);

@@ -126,10 +126,17 @@ pub fn restore(vne: &Vne, host: usize, snapshot: &str) -> Result<Restored> {
             vne.no_violations()?;
             return Ok(Restored { recorded });
         }
-        ensure!(
-            Instant::now() < until,
-            "the token of {snapshot} is lost, {recorded} frames were recorded: {stations:?}"
-        );
+        if Instant::now() > until {
+            let frames = vne.everywhere(
+                "cd /var/lib/xen-vne && for f in $(find . -name frames.pcapng); do \
+                 echo $f; tcpdump -Z root -nttr $f 2>/dev/null | tail -n 30; done",
+            )?;
+            bail!(
+                "the token of {snapshot} is lost, {recorded} frames were recorded: {stations:?}\n\
+                 {manifest}\n{}",
+                frames.join("\n")
+            );
+        }
     }
 }
 

@@ -31,8 +31,8 @@ pub const DOM0_WEIGHT: u32 = 4096;
 /// static key for ingress hooks stays on. Switching it patches code that other
 /// processors run, and the emulator may go on executing the breakpoint that
 /// stands there meanwhile: a processor of dom0 then hangs for ever at the first
-/// branch of `__netif_receive_skb_core`. For the same reason there is a tc hook
-/// that does nothing.
+/// branch of `__netif_receive_skb_core`. For the same reason there are a tc hook
+/// and a VXLAN device that do nothing.
 const SETTLE: &str = "set -e
 timeout 300 systemctl is-system-running --wait >/dev/null || {
     systemctl --failed --no-legend
@@ -44,13 +44,27 @@ xl sched-credit2 -d Domain-0 -w \"$DOM0_WEIGHT\"
 nft add table netdev lab
 nft add chain netdev lab keep '{ type filter hook ingress device lo priority 0; }'
 tc qdisc add dev lo clsact
+ip link add keep type vxlan id 1 dstport 1
+ip link set keep up
+setsid perl -e \"$WATCH\" </dev/null >/dev/null 2>&1 &
 xl info >/dev/null
 xl list >/dev/null
 sync";
 
+/// Tells dom0's kernel log when even a process that only sleeps had to wait: the
+/// emulator, or the machine under it, has stood still.
+const WATCH: &str = "use Time::HiRes qw(clock_gettime CLOCK_MONOTONIC);
+    open(my $log, q(>), q(/dev/kmsg)) or die;
+    for (my $last = clock_gettime(CLOCK_MONOTONIC);;) {
+        select(undef, undef, undef, 0.2);
+        my $now = clock_gettime(CLOCK_MONOTONIC);
+        syswrite($log, sprintf(qq(lab: dom0 stood still for %.1f s\n), $now - $last)) if $now - $last > 1;
+        $last = $now;
+    }";
+
 /// The command that makes a booted dom0 what a lab's should be.
 pub(super) fn settle() -> String {
-    format!("DOM0_WEIGHT={DOM0_WEIGHT}\n{SETTLE}")
+    format!("DOM0_WEIGHT={DOM0_WEIGHT}\nWATCH='{WATCH}'\n{SETTLE}")
 }
 
 /// A kept state.
