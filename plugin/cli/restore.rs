@@ -105,13 +105,6 @@ pub fn run(host: &Host, arguments: &Arguments) -> Result<(), Failure> {
     let elsewhere = manifest.members.iter().find(|m| m.host != manifest.host);
     match elsewhere {
         None => restore::restore(&request, &snapshot, &mut printer)?,
-        Some(member) if arguments.copy.is_some() => {
-            return Err(format!(
-                "'{}' is on host '{}', and copies (--as) can be made of members on one host only",
-                member.name, member.host
-            )
-            .into());
-        }
         Some(member) => {
             let what = format!("'{}' is on host '{}'", member.name, member.host);
             let wanted = SnapshotRef {
@@ -119,7 +112,8 @@ pub fn run(host: &Host, arguments: &Arguments) -> Result<(), Failure> {
                 id: manifest.id.clone(),
             };
             let daemon = Daemon::connect(&host.run_dir, &what)?;
-            daemon.restore(wanted, request.store, request.paused, &mut printer)?;
+            let (store, copy) = (request.store, request.copy);
+            daemon.restore(wanted, store, copy, request.paused, &mut printer)?;
         }
     }
     Ok(())

@@ -83,15 +83,19 @@ impl Daemon {
         }
     }
 
-    /// Has it restore a snapshot.
+    /// Has it restore a snapshot, or a copy of it under another name.
     pub fn restore(
         &self,
         snapshot: SnapshotRef,
         store: PathBuf,
+        copy: Option<Name>,
         paused: bool,
         progress: &mut dyn restore::Progress,
     ) -> Result<(), Error> {
-        let job = self.call(self.client.restore(snapshot, store, paused))?;
+        let job = match copy {
+            None => self.call(self.client.restore(snapshot, store, paused))?,
+            Some(copy) => self.call(self.client.restore_copy(snapshot, store, copy, paused))?,
+        };
         let done = self.watch(job, |told| match told {
             JobTold::Building(members) => {
                 let members: Vec<&str> = members.iter().map(String::as_str).collect();

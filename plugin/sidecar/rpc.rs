@@ -190,6 +190,17 @@ pub trait Peer {
         paused: Option<bool>,
     ) -> RpcResult<()>;
 
+    /// The same, of a copy under another name: the members are called COPY-MEMBER and
+    /// are on the network of the VNE that is called like the copy.
+    #[method(name = "build_copy", param_kind = map)]
+    async fn build_copy(
+        &self,
+        ticket: Ticket,
+        snapshot: SnapshotRef,
+        copy: Name,
+        paused: bool,
+    ) -> RpcResult<()>;
+
     /// How far that is. Not to be asked for a while means to give it up.
     #[method(name = "built", param_kind = map)]
     async fn built(&self, ticket: Ticket) -> RpcResult<RestoreState>;
@@ -311,6 +322,17 @@ pub trait Admin {
         &self,
         snapshot: SnapshotRef,
         store: PathBuf,
+        paused: bool,
+    ) -> RpcResult<JobId>;
+
+    /// The same, of a copy under another name. A method of its own: a vned that
+    /// doesn't know of copies must not restore the originals.
+    #[method(name = "restore_copy", param_kind = map)]
+    async fn restore_copy(
+        &self,
+        snapshot: SnapshotRef,
+        store: PathBuf,
+        copy: Name,
         paused: bool,
     ) -> RpcResult<JobId>;
 

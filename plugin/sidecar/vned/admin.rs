@@ -76,6 +76,21 @@ fn refused(error: &Error) -> jsonrpsee::types::ErrorObjectOwned {
     refusal(sentence(error))
 }
 
+impl Admin {
+    fn start_restore(
+        &self,
+        snapshot: SnapshotRef,
+        store: PathBuf,
+        copy: Option<Name>,
+        paused: bool,
+    ) -> RpcResult<JobId> {
+        let job = self.daemon.start_restore(snapshot, store, copy, paused);
+        let job = job.map_err(|e| refused(&e))?;
+        lock(&self.jobs.started).push(job);
+        Ok(job)
+    }
+}
+
 #[async_trait]
 impl AdminServer for Admin {
     async fn take(&self, request: TakeRequest) -> RpcResult<JobId> {
@@ -90,10 +105,17 @@ impl AdminServer for Admin {
         store: PathBuf,
         paused: bool,
     ) -> RpcResult<JobId> {
-        let job = self.daemon.start_restore(snapshot, store, paused);
-        let job = job.map_err(|e| refused(&e))?;
-        lock(&self.jobs.started).push(job);
-        Ok(job)
+        self.start_restore(snapshot, store, None, paused)
+    }
+
+    async fn restore_copy(
+        &self,
+        snapshot: SnapshotRef,
+        store: PathBuf,
+        copy: Name,
+        paused: bool,
+    ) -> RpcResult<JobId> {
+        self.start_restore(snapshot, store, Some(copy), paused)
     }
 
     async fn watch(&self, job: JobId) -> RpcResult<Watched> {

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use jsonrpsee::core::client::Client;
 
+use super::super::copy;
 use super::super::error::Error;
 use super::super::journal::{self, Joint, Register};
 use super::super::peers::Remote;
@@ -211,6 +212,7 @@ impl Daemon {
         leader: &Name,
         ticket: Ticket,
         snapshot: &SnapshotRef,
+        copy: Option<Name>,
         paused: bool,
     ) -> Result<(), Error> {
         let not_for = || Error::Failed(self.not_for(leader, &snapshot.vne));
@@ -235,15 +237,47 @@ impl Daemon {
                 member.name, snapshot.vne
             )));
         }
-        self.build_from(leader, ticket, opened, described.store, paused)
+        if let Some(copy) = &copy {
+            self.check_copy(copy, manifest, leader)?;
+        }
+        self.build_from(leader, ticket, (opened, described.store), copy, paused)
+    }
+
+    /// A copy over several hosts is a VNE that each of them describes: its network is
+    /// joined by that.
+    fn check_copy(&self, copy: &Name, manifest: &Manifest, leader: &Name) -> Result<(), Error> {
+        let mut wanted = Vec::new();
+        for member in &manifest.members {
+            wanted.push((member.host.clone(), copy::name_in(copy, &member.name)?));
+        }
+        let described = self.vne(copy)?;
+        let described = described.map_or_else(Vec::new, |described| described.members);
+        let has = |(host, name): &(Name, Name)| {
+            described
+                .iter()
+                .any(|member| member.host == *host && member.name == *name)
+        };
+        if wanted.iter().all(has) && wanted.iter().any(|(host, _)| host == leader) {
+            return Ok(());
+        }
+        let list: Vec<_> = wanted
+            .iter()
+            .map(|(host, name)| format!("\"{host}:{name}\""))
+            .collect();
+        Err(Error::Failed(format!(
+            "a copy over several hosts is a VNE that all of them know: on each of them, \
+             /etc/xen/vne/{copy}.cfg has to say members = [ {} ], and each has to be a peer of \
+             the others for '{copy}'",
+            list.join(", ")
+        )))
     }
 
     fn build_from(
         self: &Arc<Self>,
         leader: &Name,
         ticket: Ticket,
-        opened: Snapshot,
-        store: PathBuf,
+        (opened, store): (Snapshot, PathBuf),
+        copy: Option<Name>,
         paused: bool,
     ) -> Result<(), Error> {
         self.not_stopping()?;
@@ -262,7 +296,7 @@ impl Daemon {
             run_dir: self.run_dir.clone(),
             program: self.program.clone(),
             joint: Some((leader.clone(), joint)),
-            copy: None,
+            copy,
             paused,
         };
         std::thread::spawn(move || {
@@ -406,6 +440,7 @@ impl Daemon {
         self: &Arc<Self>,
         snapshot: SnapshotRef,
         store: PathBuf,
+        copy: Option<Name>,
         paused: bool,
     ) -> Result<JobId, Error> {
         let interrupted = Arc::new(AtomicBool::new(false));
@@ -416,6 +451,7 @@ impl Daemon {
             let lead = LeadRestore {
                 daemon: &daemon,
                 snapshot: &snapshot,
+                copy: copy.as_ref(),
                 paused,
                 interrupted: &interrupted,
                 job,
@@ -488,6 +524,8 @@ fn finish(side: &Side, mut built: Built, orders: &mpsc::Receiver<SideOrder>) {
 struct LeadRestore<'a> {
     daemon: &'a Arc<Daemon>,
     snapshot: &'a SnapshotRef,
+    /// What it's called, if it's a copy.
+    copy: Option<&'a Name>,
     paused: bool,
     interrupted: &'a AtomicBool,
     job: &'a Arc<Job>,
@@ -508,6 +546,10 @@ impl LeadRestore<'_> {
         let opened = Store::open(&store)?
             .catalogue()
             .get(&self.snapshot.vne, &self.snapshot.id)?;
+        if let Some(copy) = self.copy {
+            let here = self.daemon.here();
+            self.daemon.check_copy(copy, opened.manifest(), &here)?;
+        }
         let mut parties = self.parties(opened.manifest())?;
         let number = crate::random::number().map_err(Error::start("get a random number"))?;
         let ticket = Ticket(Name::new(&format!("{number:016x}"))?);
@@ -557,24 +599,38 @@ impl LeadRestore<'_> {
         manifest: &Manifest,
     ) -> Result<(), Error> {
         let mut opened = Some(opened);
-        let names = manifest.members.iter();
-        let names = names.map(|member| format!("{}:{}", member.host, member.name));
-        self.job.tell(JobTold::Building(names.collect()));
+        let mut names = Vec::new();
+        for member in &manifest.members {
+            let name = match self.copy {
+                None => member.name.clone(),
+                Some(copy) => copy::name_in(copy, &member.name)?,
+            };
+            names.push(format!("{}:{name}", member.host));
+        }
+        self.job.tell(JobTold::Building(names));
         let failed = |name: &Name, why: &str| Error::Failed(format!("{name}: {why}"));
         for party in parties.iter() {
             let (ticket, snapshot) = (ticket.clone(), self.snapshot.clone());
-            let paused = self.paused;
+            let (copy, paused) = (self.copy.cloned(), self.paused);
             match &party.remote {
                 None => {
                     if let Some(opened) = opened.take() {
                         let here = self.daemon.here();
-                        self.daemon
-                            .build_from(&here, ticket, opened, store.clone(), paused)?;
+                        self.daemon.build_from(
+                            &here,
+                            ticket,
+                            (opened, store.clone()),
+                            copy,
+                            paused,
+                        )?;
                     }
                 }
                 Some(remote) => self
                     .call(remote, |client| async move {
-                        client.build(ticket, snapshot, Some(paused)).await
+                        match copy {
+                            None => client.build(ticket, snapshot, Some(paused)).await,
+                            Some(copy) => client.build_copy(ticket, snapshot, copy, paused).await,
+                        }
                     })
                     .map_err(|why| failed(&party.name, &why))?,
             }

@@ -141,7 +141,21 @@ impl PeerServer for Service {
     ) -> RpcResult<()> {
         self.may(&snapshot.vne)?;
         let paused = paused.unwrap_or(false);
-        self.apart(move |daemon, peer| daemon.build_for(peer, ticket, &snapshot, paused))
+        self.apart(move |daemon, peer| daemon.build_for(peer, ticket, &snapshot, None, paused))
+            .await
+    }
+
+    async fn build_copy(
+        &self,
+        ticket: Ticket,
+        snapshot: SnapshotRef,
+        copy: Name,
+        paused: bool,
+    ) -> RpcResult<()> {
+        self.may(&snapshot.vne)?;
+        self.may(&copy)?;
+        let copy = Some(copy);
+        self.apart(move |daemon, peer| daemon.build_for(peer, ticket, &snapshot, copy, paused))
             .await
     }
 

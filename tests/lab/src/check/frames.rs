@@ -1,8 +1,10 @@
 //! Holds, and what they record.
 
-use anyhow::{ensure, Result};
+use std::time::Duration;
 
-use super::vne::Vne;
+use anyhow::{ensure, Context, Result};
+
+use super::vne::{Vne, NAME};
 
 /// Frames of all protocols are held, recorded and let go in order; a redirect for
 /// IPv4 alone wouldn't do. An overflow is noticed, and a vif may vanish.
@@ -18,4 +20,57 @@ pub fn all_protocols(vne: &Vne) -> Result<String> {
         told.trim(),
         why.trim()
     ))
+}
+
+/// A take whose queue overflows, whose hold is deleted or whose member loses a vif
+/// fails, says why, and leaves the network as it was.
+pub fn failing_holds(vne: &Vne) -> Result<String> {
+    vne.remove_all()?;
+    let first = vne.ring().first().context("the ring has no station")?;
+    let (ip, name) = (first.ip, first.name);
+    // The answers wait. No queue can be smaller.
+    let overflow = format!(
+        "ping -q -i 0.002 -s 1400 -w 120 {ip} >/dev/null & ping=$!; \
+         xl vne-snapshot take -q --hold 16 {NAME}; status=$?; kill $ping; exit $status"
+    );
+    let at_precopy = |fault: &str| {
+        format!(
+            "rm -f /tmp/fault.log; xl vne-snapshot take {NAME} >/tmp/fault.log 2>&1 & take=$!; \
+             until grep -q '^precopy' /tmp/fault.log; do kill -0 $take || break; done; {fault} >&2; \
+             wait $take; status=$?; cat /tmp/fault.log; exit $status"
+        )
+    };
+    let domid = vne.sh(&format!("xl domid {name}"))?;
+    let domid = domid.trim();
+    vne.sh(&format!(
+        "xl network-attach {name} bridge=xenbr0 && \
+         until ip link show vif{domid}.1 >/dev/null 2>&1; do sleep 0.1; done"
+    ))?;
+    let faults = [
+        ("overflowed", overflow),
+        (
+            "No such device",
+            at_precopy(&format!("ip link delete vneh{domid}.0")),
+        ),
+        (
+            "No such device",
+            at_precopy(&format!("xl network-detach {name} 1")),
+        ),
+    ];
+    let mut told = String::new();
+    for (why, fault) in faults {
+        let (status, printed) = vne.sh_fails(&fault)?;
+        let line = printed.lines().find(|line| line.contains(why));
+        let line = line.with_context(|| format!("it failed for another reason: {printed}"))?;
+        ensure!(status == 1, "exit status {status}: {printed}");
+        told.push_str(&format!("  {}\n", line.trim()));
+        vne.intact()?;
+        vne.turning(Duration::from_secs(10))?;
+        let listed = vne.listed()?;
+        ensure!(listed.is_empty(), "{listed:?} is listed after: {printed}");
+    }
+    vne.take()?;
+    vne.remove_all()?;
+    vne.no_violations()?;
+    Ok(told + "  nothing was left of any of them, and the next take worked")
 }

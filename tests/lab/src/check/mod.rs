@@ -46,6 +46,10 @@ const PV: &[Check] = &[
         run: frames::all_protocols,
     },
     Check {
+        name: "a_take_whose_hold_overflows_or_vanishes_fails_and_leaves_nothing",
+        run: frames::failing_holds,
+    },
+    Check {
         name: "guests_go_on_through_20_snapshots_in_a_row",
         run: whole::twenty_in_a_row,
     },
