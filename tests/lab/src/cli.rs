@@ -29,6 +29,10 @@ enum Verb {
         /// Without those that need the lab
         #[arg(long, conflicts_with = "lab")]
         no_lab: bool,
+        /// Each thing as often and in as many ways as the documents say; without
+        /// this, about half
+        #[arg(long, conflicts_with = "no_lab")]
+        full: bool,
     },
     /// Run the cut protocol through everything that can go wrong
     Sim {
@@ -211,7 +215,10 @@ struct GuestArgs {
 pub fn run() -> Result<ExitCode> {
     match Cli::parse().verb {
         Verb::Demo => crate::demo::run().map(|()| ExitCode::SUCCESS),
-        Verb::Test { lab, no_lab } => crate::test::run(lab.as_deref(), no_lab),
+        Verb::Test { lab, no_lab, full } => {
+            crate::scale::set_full(full);
+            crate::test::run(lab.as_deref(), no_lab)
+        }
         Verb::Sim {
             schedules,
             seed,

@@ -5,4 +5,5 @@ pub mod cli;
 pub mod demo;
 pub mod lab;
 pub mod product;
+mod scale;
 pub mod test;

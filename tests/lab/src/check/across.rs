@@ -7,23 +7,25 @@ use serde_json::Value;
 
 use super::vne::{number, Vne, NAME};
 use super::whole::{downtimes_ms, ms, restore, spread, tell};
+use crate::scale;
 
 /// How long the token's way is watched.
 const WATCHED: Duration = Duration::from_secs(20);
 /// Longer than the token ever rests.
 const STILL: Duration = Duration::from_secs(6);
 
-/// Snapshots that are taken for restoring them.
-const TAKES: usize = 10;
+/// Snapshots that are taken for restoring them, in a short run and in a full one.
+const TAKES: (usize, usize) = (5, 20);
 /// Takes of all, each beside one of every member alone.
 const PAIRS: usize = 5;
 
-/// Ten snapshots at moments that are spread over the token's way, taken and
+/// Snapshots at moments that are spread over the token's way, taken and
 /// restored by commands on either host.
-pub fn ten_restores(vne: &Vne) -> Result<String> {
+pub fn restores(vne: &Vne) -> Result<String> {
+    let takes = scale::of(TAKES.0, TAKES.1);
     vne.remove_all()?;
     let mut manifests = Vec::new();
-    for round in 0..TAKES {
+    for round in 0..takes {
         std::thread::sleep(Duration::from_millis(213 * (round as u64 % 7)));
         let manifest = vne.take_on(round % 2, NAME)?;
         vne.turning(Duration::from_secs(15))?;
@@ -33,8 +35,8 @@ pub fn ten_restores(vne: &Vne) -> Result<String> {
         .map(|host| vne.listed_on(host))
         .collect::<Result<_>>()?;
     ensure!(
-        each.iter().all(|listed| listed.len() == TAKES) && each[0] == each[1],
-        "not the same {TAKES} snapshots are listed on both hosts: {each:?}"
+        each.iter().all(|listed| listed.len() == takes) && each[0] == each[1],
+        "not the same {takes} snapshots are listed on both hosts: {each:?}"
     );
     let mut restored = Vec::new();
     for (round, snapshot) in each[0].iter().enumerate() {

@@ -62,8 +62,8 @@ const PV: &[Check] = &[
         run: whole::save_file_is_refused,
     },
     Check {
-        name: "ten_restores_have_exactly_one_token_each",
-        run: whole::ten_restores,
+        name: "restores_have_exactly_one_token_each",
+        run: whole::restores,
     },
     Check {
         name: "copies_under_another_name_run_beside_the_originals",
@@ -102,8 +102,8 @@ const TWO_HOSTS: &[Check] = &[
         run: across::ring_turns,
     },
     Check {
-        name: "ten_snapshots_over_two_hosts_are_restored_with_exactly_one_token",
-        run: across::ten_restores,
+        name: "snapshots_over_two_hosts_are_restored_with_exactly_one_token",
+        run: across::restores,
     },
     Check {
         name: "skew_over_two_hosts_is_small_and_downtime_is_as_alone",

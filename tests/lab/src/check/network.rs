@@ -11,6 +11,8 @@ use super::vne::{number, Vne, NAME};
 use crate::lab::Guest;
 
 const VNES: [&str; 2] = ["red", "blue"];
+/// What the first one's copy is called.
+const COPY: &str = "try";
 /// What each VNE's guests have, on the first host and on the second.
 const IPS: [&str; 2] = ["10.88.0.1", "10.88.0.2"];
 /// A guest of dom0's own on a VNE's network, for asking the others.
@@ -28,7 +30,7 @@ const KILLED: &str = "sed -e 's/^    setup_virtual_bridge_port.*/    kill -9 $$/
 
 /// All of it, and nothing of it left.
 pub fn side_by_side(vne: &Vne) -> Result<String> {
-    peers::trust_for(vne, &[NAME, VNES[0], VNES[1]])?;
+    peers::trust_for(vne, &[NAME, VNES[0], VNES[1], COPY])?;
     let result = in_turn(vne);
     let cleaned = clean_up(vne);
     let told = result?;
@@ -42,12 +44,13 @@ fn in_turn(vne: &Vne) -> Result<String> {
     answers(vne)?;
     let manifest = vne.take_on(0, VNES[0])?;
     ensure!(manifest["members"].as_array().map(Vec::len) == Some(2));
+    copied(vne)?;
     followed(vne)?;
     killed(vne)?;
     gone(vne)?;
     Ok(format!(
         "  two VNEs with the same addresses on both hosts: {passed} full frames seen in dom0, each \
-         on its own VNE's interfaces only; a take of one; peers followed; a killed script made good for; nothing \
+         on its own VNE's interfaces only; a take of one, and its copy beside it; peers followed; a killed script made good for; nothing \
          left of either"
     ))
 }
@@ -207,6 +210,51 @@ fn asked(vne: &Vne, of: &str, ip: &str) -> Result<Value> {
     serde_json::from_str(&text).context(text)
 }
 
+/// A copy over both hosts talks on a network of its own, beside the original, which
+/// has the same addresses and goes on talking.
+fn copied(vne: &Vne) -> Result<()> {
+    let red = VNES[0];
+    let (_, why) = vne.sh_fails(&format!("xl vne-snapshot restore -q --as nobody {red}"))?;
+    ensure!(why.contains("has to say members"), "{why}");
+    vne.everywhere(&format!(
+        "printf 'members = [ \"host0:{COPY}-{red}0\", \"host1:{COPY}-{red}1\" ]\\n' \
+         > /etc/xen/vne/{COPY}.cfg"
+    ))?;
+    vne.sh(&format!("xl vne-snapshot restore -q --as {COPY} {red}"))?;
+    let heard = || -> Result<Vec<u64>> {
+        let mut counts = Vec::new();
+        for of in [red, COPY] {
+            for (host, ip) in IPS.iter().enumerate() {
+                let told = asked(vne, of, ip)?;
+                // A copy's memory is its original's.
+                let expected = name(red, host);
+                ensure!(
+                    told.pointer("/guest/name") == Some(&expected.into()),
+                    "{told}"
+                );
+                counts.push(number(&told, "/marks/received")?);
+            }
+        }
+        Ok(counts)
+    };
+    let (before, after) = (heard()?, heard()?);
+    ensure!(
+        before
+            .iter()
+            .zip(&after)
+            .all(|(before, after)| before < after),
+        "somebody hears nothing beside a copy: {before:?}, {after:?}"
+    );
+    for host in 0..2 {
+        vne.sh_on(host, &format!("xl destroy {COPY}-{}", name(red, host)))?;
+        ensure!(
+            net(vne, host, COPY)? == Value::Array(Vec::new()),
+            "not gone"
+        );
+    }
+    Ok(())
+}
+
 /// Frames stop going to a host that is no peer for a VNE any more, and go there again
 /// once it is.
 fn followed(vne: &Vne) -> Result<()> {
@@ -214,7 +262,7 @@ fn followed(vne: &Vne) -> Result<()> {
     peers::trust(vne, 0, 1, &[NAME, blue])?;
     ensure!(net(vne, 0, red)?.pointer("/0/tunnel") == Some(&Value::Null));
     ensure!(net(vne, 0, blue)?.pointer("/0/tunnel/peers/0").is_some());
-    peers::trust(vne, 0, 1, &[NAME, red, blue])?;
+    peers::trust(vne, 0, 1, &[NAME, red, blue, COPY])?;
     shown(vne)?;
     apart(vne).map(drop)
 }
@@ -259,12 +307,12 @@ fn gone(vne: &Vne) -> Result<()> {
 fn clean_up(vne: &Vne) -> Result<()> {
     let [red, blue] = VNES;
     vne.everywhere(&format!(
-        "for d in {red}0 {red}1 {blue}0 {blue}1; do xl domid $d >/dev/null 2>&1 && xl destroy $d; \
+        "for d in {red}0 {red}1 {blue}0 {blue}1 {COPY}-{red}0 {COPY}-{red}1; do xl domid $d >/dev/null 2>&1 && xl destroy $d; \
          done; rm -f /etc/xen/scripts/vif-killed /tmp/killed.cfg; true"
     ))?;
     let removed = vne.remove_all();
     vne.everywhere(&format!(
-        "rm -f /etc/xen/vne/{red}.cfg /etc/xen/vne/{blue}.cfg"
+        "rm -f /etc/xen/vne/{red}.cfg /etc/xen/vne/{blue}.cfg /etc/xen/vne/{COPY}.cfg"
     ))?;
     peers::trust_for(vne, &[NAME])?;
     removed

@@ -6,8 +6,9 @@ use anyhow::{bail, ensure, Result};
 use serde_json::Value;
 
 use super::vne::{number, Vne, NAME};
+use crate::scale;
 
-/// Snapshots that stay for the restores that follow.
+/// Snapshots that stay for the restores that follow; half of them in a short run.
 const KEPT: usize = 10;
 
 /// Twenty takes of the busy VNE, one after the other.
@@ -21,6 +22,7 @@ pub fn three_in_a_row(vne: &Vne) -> Result<String> {
 }
 
 fn in_a_row(vne: &Vne, count: usize) -> Result<String> {
+    let kept = scale::of(KEPT / 2, KEPT);
     let before = vne.received()?;
     let (taken, heard) = vne.listening(|| {
         let mut taken = Vec::new();
@@ -29,7 +31,7 @@ fn in_a_row(vne: &Vne, count: usize) -> Result<String> {
             std::thread::sleep(Duration::from_millis(213 * (round as u64 % 7)));
             let manifest = vne.take()?;
             vne.turning(Duration::from_secs(10))?;
-            if round + KEPT < count {
+            if round + kept < count {
                 let id = manifest["id"].as_str().unwrap_or_default();
                 vne.sh(&format!("xl vne-snapshot remove {NAME}@{id}"))?;
             }
@@ -40,7 +42,7 @@ fn in_a_row(vne: &Vne, count: usize) -> Result<String> {
     vne.no_violations()?;
     vne.intact()?;
     let listed = vne.listed()?.len();
-    ensure!(listed == count.min(KEPT), "{listed} snapshots are listed");
+    ensure!(listed == count.min(kept), "{listed} snapshots are listed");
     for path in ["/missing", "/duplicate", "/reordered"] {
         ensure!(number(&heard, path)? == 0, "{path} in {heard}");
     }
@@ -55,9 +57,9 @@ fn in_a_row(vne: &Vne, count: usize) -> Result<String> {
     ))
 }
 
-/// Restores ten snapshots, each taken at another moment of the ring.
-pub fn ten_restores(vne: &Vne) -> Result<String> {
-    let listed = at_least(vne, KEPT)?;
+/// Restores snapshots that were each taken at another moment of the ring.
+pub fn restores(vne: &Vne) -> Result<String> {
+    let listed = at_least(vne, scale::of(KEPT / 2, KEPT))?;
     let mut told = Vec::new();
     for snapshot in &listed {
         told.push(restore(vne, 0, snapshot)?);
