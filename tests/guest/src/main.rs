@@ -4,6 +4,7 @@
 mod args;
 mod ask;
 mod await_ready;
+mod card;
 mod clock;
 mod cpu;
 mod dirty;

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use crate::args::Args;
+use crate::card;
 use crate::clock::Pace;
 use crate::json::Json;
 use crate::peers::{Message, Peers};
@@ -100,6 +101,7 @@ fn send(peers: &Peers, links: &Mutex<Vec<Link>>, interval: Duration) -> Result<(
                 let _ = peers.send(to, Message::Hello(peers.me()));
                 continue;
             }
+            card::wait();
             let number = lock(links).get(to).map_or(0, |link| link.sent);
             let sent = peers.send(to, Message::Number(peers.me(), number));
             if let Some(link) = lock(links).get_mut(to) {

@@ -9,13 +9,13 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use crate::args::Args;
+use crate::card;
 use crate::json::Json;
 use crate::peers::{Message, Peers};
 use crate::status::{self, lock, Status};
 use crate::workload::Run;
 
 const PORT: u16 = 7001;
-const CARD: &str = "/sys/class/net/eth0";
 /// Violations that are printed; all are counted.
 const PRINTED_MAX: u64 = 20;
 
@@ -183,25 +183,8 @@ fn gather(peers: &Peers) -> Result<(), String> {
     Ok(())
 }
 
-/// Waits until the guest has its card, and says whether it had to: right after a
-/// restore, as after a migration, it hasn't, and its kernel drops what is sent
-/// then without a word. User programs don't run between that and this.
-fn await_card() -> bool {
-    let says = |file: &str, word: &str| {
-        let text = std::fs::read_to_string(format!("{CARD}/{file}"));
-        text.is_ok_and(|text| text.trim() == word)
-    };
-    let mut waited = false;
-    // The driver, and what the kernel has made of it.
-    while says("carrier", "0") || says("operstate", "down") {
-        waited = true;
-        std::thread::sleep(Duration::from_millis(2));
-    }
-    waited
-}
-
 fn pass(peers: &Peers, station: &Arc<Mutex<Station>>, number: u64) {
-    let waited = await_card();
+    let waited = card::wait();
     let sent = peers.send(
         (peers.index + 1) % peers.all.len(),
         Message::Number(peers.me(), number),

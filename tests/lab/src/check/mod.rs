@@ -9,6 +9,7 @@ mod input;
 mod loader;
 mod matrix;
 mod network;
+mod numbered;
 mod peers;
 mod restored;
 mod tcp;
@@ -124,6 +125,10 @@ const TWO_HOSTS: &[Check] = &[
     Check {
         name: "a_tcp_stream_between_hosts_is_restored_in_the_middle",
         run: tcp::stream_is_restored,
+    },
+    Check {
+        name: "numbered_datagrams_both_ways_are_delivered_once_across_restores",
+        run: numbered::across_restores,
     },
     Check {
         name: "networks_of_two_vnes_with_the_same_addresses_stay_apart",
