@@ -34,6 +34,8 @@ pub struct OnTheWay {
     pub waiting: u32,
     /// To the guest: ring slots that the guest hasn't read yet.
     pub unread: u32,
+    /// How far it has read: moves on when it reads.
+    pub read_to: u32,
 }
 
 impl Rings {
@@ -72,6 +74,7 @@ impl OnTheWay {
         self.taking |= other.taking;
         self.waiting = self.waiting.saturating_add(other.waiting);
         self.unread = self.unread.saturating_add(other.unread);
+        self.read_to = self.read_to.wrapping_add(other.read_to);
     }
 }
 
@@ -106,6 +109,7 @@ fn parse(text: &str) -> Option<OnTheWay> {
         taking,
         waiting: number(section(rest, "Rx internal queue", "")?, " pkts")?,
         unread,
+        read_to: wanted,
     })
 }
 
@@ -146,32 +150,27 @@ mod tests {
         )
     }
 
-    fn seen(untaken: u32, waiting: u32, unread: u32) -> Option<OnTheWay> {
-        Some(OnTheWay {
-            untaken,
-            taking: false,
-            waiting,
-            unread,
-        })
+    fn parsed(text: &str) -> Option<(u32, u32, u32)> {
+        parse(text).map(|queue| (queue.untaken, queue.waiting, queue.unread))
     }
 
     #[test]
     fn an_idle_vif_has_nothing_on_the_way() {
-        assert_eq!(parse(&file(23, "10", 24, 0)), seen(0, 0, 0));
+        assert_eq!(parsed(&file(23, "10", 24, 0)), Some((0, 0, 0)));
     }
 
     #[test]
     fn what_neither_side_has_taken_is_seen() {
-        assert_eq!(parse(&file(22, "10", 24, 0)), seen(1, 0, 0));
+        assert_eq!(parsed(&file(22, "10", 24, 0)), Some((1, 0, 0)));
         assert!(parse(&file(23, "11", 24, 0)).is_some_and(|queue| queue.taking));
-        assert_eq!(parse(&file(23, "10", 22, 7)), seen(0, 7, 2));
+        assert_eq!(parsed(&file(23, "10", 22, 7)), Some((0, 7, 2)));
     }
 
     #[test]
     fn a_guest_that_lies_about_its_ring_is_believed_within_bounds() {
-        assert_eq!(parse(&file(4_000_000_000, "10", 24, 0)), seen(256, 0, 0));
-        assert_eq!(parse(&file(23, "10", 90, 0)), seen(0, 0, 0));
-        assert_eq!(parse(&file(23, "10", 3_000_000_000, 0)), seen(0, 0, 256));
+        assert_eq!(parsed(&file(4_000_000_000, "10", 24, 0)), Some((256, 0, 0)));
+        assert_eq!(parsed(&file(23, "10", 90, 0)), Some((0, 0, 0)));
+        assert_eq!(parsed(&file(23, "10", 3_000_000_000, 0)), Some((0, 0, 256)));
     }
 
     #[test]

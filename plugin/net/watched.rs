@@ -40,6 +40,28 @@ struct Vif {
     name: String,
     index: u32,
     rings: Option<Rings>,
+    /// When it was found.
+    first: Option<OnTheWay>,
+    /// Its guest reads nothing.
+    is_down: bool,
+}
+
+impl Vif {
+    /// What is on its way, if that can be seen. A guest that had left frames in a ring
+    /// long ago and has read none since has the card down: it isn't waited for.
+    fn look(&mut self) -> Option<OnTheWay> {
+        let seen = self.rings.as_mut()?.look()?;
+        let down = |first: OnTheWay| first.unread > 0 && first.read_to == seen.read_to;
+        self.is_down = self.first.is_some_and(down);
+        match self.is_down {
+            true => Some(OnTheWay {
+                unread: 0,
+                waiting: 0,
+                ..seen
+            }),
+            false => Some(seen),
+        }
+    }
 }
 
 impl Watched {
@@ -53,10 +75,13 @@ impl Watched {
         for record in records {
             let ifb = require_index(&record.ifb)?;
             watched.ifbs.push((record.ifb.clone(), ifb));
+            let mut rings = Rings::open(&record.vif);
             let vif = Vif {
                 name: record.vif.clone(),
                 index: require_index(&record.vif)?,
-                rings: Rings::open(&record.vif),
+                first: rings.as_mut().and_then(Rings::look),
+                rings,
+                is_down: false,
             };
             if vif.rings.is_none() {
                 log::debug!("{}: its rings can't be seen (is debugfs there?)", vif.name);
@@ -122,7 +147,7 @@ impl Watched {
         let mut sum = OnTheWay::default();
         let mut all_seen = true;
         for vif in &mut self.vifs {
-            match vif.rings.as_mut().and_then(Rings::look) {
+            match vif.look() {
                 Some(seen) => sum.add(seen),
                 None => all_seen = false,
             }
@@ -133,7 +158,7 @@ impl Watched {
     /// How many frames wait for the guest to have room for them.
     fn waiting(&mut self) -> u32 {
         let mut sum = self.on_the_way().0.waiting;
-        for vif in &self.vifs {
+        for vif in self.vifs.iter().filter(|vif| !vif.is_down) {
             // Some queues can't be looked at: those that never hold anything.
             let queue = counters(&mut self.rtnl, &vif.name, vif.index);
             sum = sum.saturating_add(queue.map_or(0, |queue| queue.queued_frames));

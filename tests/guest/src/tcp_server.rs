@@ -3,6 +3,7 @@
 use std::io::Read;
 use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use crate::args::Args;
 use crate::json::Json;
@@ -18,6 +19,9 @@ struct Received {
     bytes: u64,
     mismatches: u64,
     resets: u64,
+    /// The longest time between two pieces of a stream, by the clock that stands
+    /// still while the guest does.
+    longest_wait: Duration,
 }
 
 /// See [`crate::workload::prepare`].
@@ -35,7 +39,8 @@ pub fn prepare(line: &[String], status: &Status) -> Result<Run, String> {
             json.number("connections", state.connections)
                 .number("bytes", state.bytes)
                 .number("mismatches", state.mismatches)
-                .number("resets", state.resets);
+                .number("resets", state.resets)
+                .number("longest_wait_ms", state.longest_wait.as_millis() as u64);
             json
         },
     );
@@ -52,6 +57,7 @@ pub fn prepare(line: &[String], status: &Status) -> Result<Run, String> {
 fn receive(mut stream: TcpStream, state: &Mutex<Received>) {
     let mut buffer = vec![0u8; 65_536];
     let mut position = 0;
+    let mut last = Instant::now();
     loop {
         match stream.read(&mut buffer) {
             Ok(0) => return,
@@ -59,7 +65,10 @@ fn receive(mut stream: TcpStream, state: &Mutex<Received>) {
                 let bytes = buffer.get(..count).unwrap_or_default();
                 let wrong = tcp_stream::mismatch(bytes, position);
                 position += count as u64;
+                let waited = last.elapsed();
+                last = Instant::now();
                 let mut state = lock(state);
+                state.longest_wait = state.longest_wait.max(waited);
                 state.bytes += count as u64;
                 if let Some(at) = wrong {
                     state.mismatches += 1;

@@ -38,6 +38,9 @@ pub struct Account {
     pub retransmitted: u64,
     /// How often either kernel waited for an answer in vain.
     pub timeouts: u64,
+    /// The longest time that the server waited for the next byte, in ms of its own
+    /// clock, which stands still while it does.
+    pub longest_wait_ms: u64,
 }
 
 impl Account {
@@ -89,6 +92,7 @@ pub fn account(vne: &Vne) -> Result<Account> {
             + both("/tcp/connections_reset")?,
         retransmitted: both("/tcp/retransmitted")?,
         timeouts: both("/tcp/timeouts")?,
+        longest_wait_ms: number(&server, "/tcp_server/longest_wait_ms")?,
     })
 }
 
@@ -152,10 +156,13 @@ fn through_restores(vne: &Vne) -> Result<String> {
         // and the restore did together.
         let _ = writeln!(
             told,
-            "  {} frames were on their way; {} segments sent again, {} timeouts",
+            "  {} frames were on their way; {} segments sent again, {} timeouts; the server never \
+             waited longer than {} ms (before the take: {} ms)",
             recorded(&manifest),
             after.retransmitted - before.retransmitted,
-            after.timeouts - before.timeouts
+            after.timeouts - before.timeouts,
+            after.longest_wait_ms,
+            before.longest_wait_ms
         );
         before = after;
     }
