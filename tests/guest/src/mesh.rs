@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use crate::args::Args;
-use crate::card;
+use crate::card::Card;
 use crate::clock::Pace;
 use crate::json::Json;
 use crate::peers::{Message, Peers};
@@ -86,6 +86,7 @@ fn listen(peers: &Peers, links: &Mutex<Vec<Link>>) {
 /// Numbers for a station start once it has answered, so none is lost only
 /// because it wasn't there yet.
 fn send(peers: &Peers, links: &Mutex<Vec<Link>>, interval: Duration) -> Result<(), String> {
+    let card = Card::open();
     let mut pace = Pace::new(interval);
     let mut greeting = Pace::new(GREETING);
     loop {
@@ -101,8 +102,8 @@ fn send(peers: &Peers, links: &Mutex<Vec<Link>>, interval: Duration) -> Result<(
                 let _ = peers.send(to, Message::Hello(peers.me()));
                 continue;
             }
-            card::wait();
             let number = lock(links).get(to).map_or(0, |link| link.sent);
+            card.wait();
             let sent = peers.send(to, Message::Number(peers.me(), number));
             if let Some(link) = lock(links).get_mut(to) {
                 match sent {

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use crate::args::Args;
-use crate::card;
+use crate::card::Card;
 use crate::json::Json;
 use crate::peers::{Message, Peers};
 use crate::status::{self, lock, Status};
@@ -135,9 +135,10 @@ impl Pace {
 }
 
 fn run(peers: &Peers, station: &Arc<Mutex<Station>>, pace: Pace) -> Result<(), String> {
+    let card = Card::open();
     if peers.index == 0 {
         gather(peers)?;
-        pass(peers, station, 0);
+        pass(peers, &card, station, 0);
     }
     peers.set_wait(None)?;
     loop {
@@ -161,7 +162,7 @@ fn run(peers: &Peers, station: &Arc<Mutex<Station>>, pace: Pace) -> Result<(), S
             if !keep.is_zero() {
                 std::thread::sleep(keep);
             }
-            pass(peers, station, number + 1);
+            pass(peers, &card, station, number + 1);
         }
     }
 }
@@ -183,12 +184,11 @@ fn gather(peers: &Peers) -> Result<(), String> {
     Ok(())
 }
 
-fn pass(peers: &Peers, station: &Arc<Mutex<Station>>, number: u64) {
-    let waited = card::wait();
-    let sent = peers.send(
-        (peers.index + 1) % peers.all.len(),
-        Message::Number(peers.me(), number),
-    );
+fn pass(peers: &Peers, card: &Card, station: &Arc<Mutex<Station>>, number: u64) {
+    let to = (peers.index + 1) % peers.all.len();
+    let message = Message::Number(peers.me(), number);
+    let waited = card.wait();
+    let sent = peers.send(to, message);
     let mut station = lock(station);
     station.waited += u64::from(waited);
     match sent {

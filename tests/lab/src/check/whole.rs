@@ -186,13 +186,16 @@ fn both_turn(vne: &Vne) -> Result<String> {
     std::thread::sleep(Duration::from_secs(6));
     let (originals, copies) = (vne.stations()?, asked()?);
     let after = (received(&originals)?, received(&copies)?);
-    for (before, after) in [(&before.0, &after.0), (&before.1, &after.1)] {
+    for (whose, before, after) in [
+        ("originals'", &before.0, &after.0),
+        ("copies'", &before.1, &after.1),
+    ] {
         ensure!(
             before
                 .iter()
                 .zip(after)
                 .all(|(before, after)| before < after),
-            "a ring stands still: {before:?}, {after:?}"
+            "the {whose} ring stands still: {before:?}, {after:?}"
         );
     }
     for station in originals.iter().chain(&copies) {
