@@ -51,8 +51,8 @@ const PV: &[Check] = &[
         run: frames::failing_holds,
     },
     Check {
-        name: "guests_go_on_through_20_snapshots_in_a_row",
-        run: whole::twenty_in_a_row,
+        name: "guests_go_on_through_snapshots_in_a_row",
+        run: whole::many_in_a_row,
     },
     Check {
         name: "an_export_passes_verify_stream_v2_and_stock_xl_restores_it",
@@ -119,7 +119,7 @@ const TWO_HOSTS: &[Check] = &[
         run: restored::killed_while_frames_wait,
     },
     Check {
-        name: "a_tcp_stream_between_hosts_goes_on_through_20_snapshots",
+        name: "a_tcp_stream_between_hosts_goes_on_through_snapshots",
         run: tcp::stream_goes_on,
     },
     Check {

@@ -10,6 +10,7 @@ use serde_json::Value;
 use super::vne::{self, number, Member, Vne};
 use super::whole::recorded;
 use super::{across, peers};
+use crate::scale;
 
 const SERVER: Member = Member {
     name: "tcp-server",
@@ -96,12 +97,12 @@ pub fn account(vne: &Vne) -> Result<Account> {
     })
 }
 
-/// Snapshots of both ends, and of the VNE around them.
-const TAKES: usize = 20;
+/// Snapshots of both ends, in a short run and in a full one.
+const TAKES: (usize, usize) = (10, 20);
 /// For comparison, since each takes seconds.
 const SAVES: usize = 2;
 
-/// Twenty snapshots of the stream's two ends, and beside them what `xl save -c`
+/// Snapshots of the stream's two ends, and beside them what `xl save -c`
 /// of the same guests does to it.
 pub fn stream_goes_on(vne: &Vne) -> Result<String> {
     let told = start(vne).and_then(|()| through_snapshots(vne));
@@ -172,7 +173,8 @@ fn through_restores(vne: &Vne) -> Result<String> {
 fn through_snapshots(vne: &Vne) -> Result<String> {
     let first = describe(vne)?;
     let mut manifests = Vec::new();
-    for round in 0..TAKES {
+    let takes = scale::of(TAKES.0, TAKES.1);
+    for round in 0..takes {
         manifests.push(vne.take_on(round % 2, "tcp")?);
         std::thread::sleep(Duration::from_millis(500));
     }
@@ -194,7 +196,7 @@ fn through_snapshots(vne: &Vne) -> Result<String> {
     let stock = account(vne)?;
     stock.sound()?;
     Ok(format!(
-        "  {TAKES} snapshots: {} bytes arrived, no reset, no wrong byte, {} segments sent again, {} \
+        "  {takes} snapshots: {} bytes arrived, no reset, no wrong byte, {} segments sent again, {} \
          timeouts\n  xl save -c of both, {SAVES} times: {} segments sent again, {} timeouts\n{}",
         ours.received - first.received,
         ours.retransmitted - first.retransmitted,

@@ -11,9 +11,9 @@ use crate::scale;
 /// Snapshots that stay for the restores that follow; half of them in a short run.
 const KEPT: usize = 10;
 
-/// Twenty takes of the busy VNE, one after the other.
-pub fn twenty_in_a_row(vne: &Vne) -> Result<String> {
-    in_a_row(vne, 20)
+/// Takes of the busy VNE, one after the other.
+pub fn many_in_a_row(vne: &Vne) -> Result<String> {
+    in_a_row(vne, scale::of(10, 20))
 }
 
 /// As the above, for a slower lab.
