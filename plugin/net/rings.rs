@@ -30,7 +30,7 @@ pub struct OnTheWay {
     pub untaken: u32,
     /// Whether netback is about to take more, or passing on what it has taken.
     pub taking: bool,
-    /// To the guest: frames in netback's queue, for which the guest has no room.
+    /// To the guest: frames in netback's queue, and ring slots that it's just filling.
     pub waiting: u32,
     /// To the guest: ring slots that the guest hasn't read yet.
     pub unread: u32,
@@ -96,6 +96,7 @@ fn parse(text: &str) -> Option<OnTheWay> {
 
     let slots = number(receive, "nr_ents")?;
     let given = number(receive, "rsp prod")?;
+    let filling = number(receive, " cons")?.wrapping_sub(given).min(slots);
     // A guest asks to be woken by the next response when it has read all others.
     let wanted = number(section(receive, "rsp prod", "")?, " event")?;
     let unread = given.wrapping_add(1).wrapping_sub(wanted);
@@ -107,7 +108,7 @@ fn parse(text: &str) -> Option<OnTheWay> {
     Some(OnTheWay {
         untaken: untaken.saturating_add(fetched),
         taking,
-        waiting: number(section(rest, "Rx internal queue", "")?, " pkts")?,
+        waiting: number(section(rest, "Rx internal queue", "")?, " pkts")?.saturating_add(filling),
         unread,
         read_to: wanted,
     })
@@ -164,6 +165,8 @@ mod tests {
         assert_eq!(parsed(&file(22, "10", 24, 0)), Some((1, 0, 0)));
         assert!(parse(&file(23, "11", 24, 0)).is_some_and(|queue| queue.taking));
         assert_eq!(parsed(&file(23, "10", 22, 7)), Some((0, 7, 2)));
+        let filling = file(23, "10", 24, 1).replace("cons 23 (0) event 24", "cons 25 (2) event 24");
+        assert_eq!(parsed(&filling), Some((0, 3, 0)));
     }
 
     #[test]
