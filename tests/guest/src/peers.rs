@@ -4,6 +4,7 @@ use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::time::Duration;
 
 use crate::args::Args;
+use crate::sys;
 
 /// Longest message between stations.
 pub const MESSAGE_MAX: usize = 32;
@@ -87,6 +88,7 @@ impl Peers {
         }
         let socket = UdpSocket::bind(("0.0.0.0", port))
             .map_err(|error| format!("cannot bind UDP port {port}: {error}"))?;
+        sys::room_for_bursts(&socket)?;
         Ok(Peers { index, all, socket })
     }
 

@@ -82,8 +82,16 @@ pub fn power_off() -> Result<(), String> {
 /// Asks the kernel to note when each datagram of a socket arrived.
 pub fn timestamp_arrivals(socket: &UdpSocket) -> Result<(), String> {
     set_option(socket, libc::SO_TIMESTAMPNS, 1)?;
-    // Room for a burst after a pause; the kernel may grant less.
-    set_option(socket, libc::SO_RCVBUF, 4 << 20)
+    room_for_bursts(socket)
+}
+
+/// Gives a socket room for what comes at once after a pause: by default that's some
+/// fifty small datagrams, and the kernel drops the others.
+pub fn room_for_bursts(socket: &UdpSocket) -> Result<(), String> {
+    let room = 4 << 20;
+    // Only root gets that much; others get what the kernel grants.
+    set_option(socket, libc::SO_RCVBUFFORCE, room)
+        .or_else(|_| set_option(socket, libc::SO_RCVBUF, room))
 }
 
 /// Receives a datagram: its length, and when it arrived by the wall clock.
