@@ -15,6 +15,7 @@ mod show;
 mod statements;
 mod status;
 mod take;
+mod timeline;
 mod units;
 mod worker;
 mod xlcfg;
