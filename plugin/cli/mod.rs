@@ -4,6 +4,7 @@
 
 mod config;
 mod export;
+mod hooks;
 mod hostconf;
 mod list;
 mod net;
