@@ -9,6 +9,7 @@ mod hostconf;
 mod list;
 mod net;
 mod peer;
+mod power;
 mod progress;
 mod remove;
 mod restore;
