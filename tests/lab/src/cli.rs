@@ -44,6 +44,12 @@ enum Verb {
     },
     /// Build the product, laid out as it's installed
     Build,
+    /// Build Debian packages, into target/deb
+    Deb {
+        /// Debian suite
+        #[arg(long, default_value = "bookworm")]
+        suite: String,
+    },
     /// Real Xen hosts under QEMU
     #[command(subcommand)]
     Lab(LabVerb),
@@ -219,6 +225,13 @@ pub fn run() -> Result<ExitCode> {
         } => crate::test::simulate(schedules, seed, mutant.as_deref()),
         Verb::Build => {
             println!("{}", crate::product::stage()?.display());
+            Ok(ExitCode::SUCCESS)
+        }
+        Verb::Deb { suite } => {
+            let suite = crate::package::Suite::named(&suite)?;
+            for package in crate::package::build(suite)? {
+                println!("{}", package.display());
+            }
             Ok(ExitCode::SUCCESS)
         }
         Verb::Lab(verb) => lab_verb(verb),

@@ -4,5 +4,6 @@ pub mod check;
 pub mod cli;
 pub mod demo;
 pub mod lab;
+pub mod package;
 pub mod product;
 pub mod test;
