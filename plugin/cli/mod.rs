@@ -286,6 +286,10 @@ fn print_json(value: &impl serde::Serialize) -> Result<(), Failure> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod json_tests;
+
+#[cfg(test)]
 mod tests {
     use super::*;
 

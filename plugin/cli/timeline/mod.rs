@@ -324,4 +324,4 @@ fn ticks(from_ns: f64, to_ns: f64, about: usize) -> Vec<f64> {
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
-mod tests;
+pub(super) mod tests;

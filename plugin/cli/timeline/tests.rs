@@ -50,7 +50,7 @@ fn member(name: &str, rounds: &[(u64, u64, u64)]) -> Member {
     }
 }
 
-fn manifest() -> Manifest {
+pub fn manifest() -> Manifest {
     let rounds = [(3_000, 1_500, 65_536), (1_500, 400, 2_000), (900, 20, 150)];
     let short = [(2_500, 900, 32_768), (1_400, 100, 900), (500, 10, 40)];
     Manifest {
