@@ -3,6 +3,8 @@
 
 pub mod chroot;
 mod crates;
+pub mod on_xen;
+pub mod release;
 
 use std::fs;
 use std::io::Write;
