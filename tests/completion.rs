@@ -166,6 +166,7 @@ fn member(name: &str) -> Result<Member, Box<dyn Error>> {
         throttled_to: None,
         late_frames: 0,
         recorded: None,
+        timeline: None,
         uncaptured_disks: Vec::new(),
         image: MemberImage {
             stats: MemberStats::default(),

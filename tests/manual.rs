@@ -10,6 +10,7 @@ type TestResult = Result<(), Box<dyn Error>>;
 
 const MANUAL: &str = "packaging/man/xl-vne-snapshot.1.pod";
 const VNED: &str = "packaging/man/vned.8.pod";
+const PLUGINS: &str = "xl-ext/patches/4.17/0003-docs-describe-xl-s-plugins.patch";
 const VNE_CONF: &str = "packaging/man/vne.conf.5.pod";
 
 fn path(of: &str) -> PathBuf {
@@ -162,9 +163,102 @@ fn examples_in_the_documents_are_understood() -> TestResult {
     Ok(())
 }
 
+/// Options as a program's own help lists them.
+fn helped(help: &str) -> BTreeSet<String> {
+    let words = help
+        .lines()
+        .map(str::trim_start)
+        // A hyphen alone is before each value that an option may have.
+        .filter(|line| line.starts_with('-') && !line.starts_with("- "))
+        .flat_map(|line| {
+            line.split("  ")
+                .next()
+                .unwrap_or_default()
+                .split([',', ' '])
+        });
+    words
+        .filter(|word| word.starts_with('-'))
+        .map(|word| {
+            word.split(['=', '[', '.'])
+                .next()
+                .unwrap_or_default()
+                .to_owned()
+        })
+        .collect()
+}
+
+#[test]
+fn the_daemons_manual_has_all_options_of_its_help_and_no_others() -> TestResult {
+    let help = Command::new(env!("CARGO_BIN_EXE_vned"))
+        .arg("--help")
+        .output()?;
+    let manual = read(VNED)?;
+    let items = section(&manual, "OPTIONS")
+        .lines()
+        .filter_map(|line| line.strip_prefix("=item "));
+    let documented: BTreeSet<String> = items.flat_map(bold).map(str::to_owned).collect();
+    assert!(documented.len() > 4);
+    assert_eq!(helped(&String::from_utf8_lossy(&help.stdout)), documented);
+    Ok(())
+}
+
+/// The same for each verb as a user asks for it, not as clap knows it.
+#[test]
+fn help_of_each_verb_lists_the_options_of_the_manual() -> TestResult {
+    let documented = documented(&read(MANUAL)?);
+    for (verb, mut options) in documented {
+        let words = ["xl vne-snapshot"].into_iter().chain(verb.split(' '));
+        let asked = xl_vne::cli::command().try_get_matches_from(words.chain(["--help"]));
+        let help = asked.err().ok_or("help is no error?")?.to_string();
+        options.extend(["-h", "--help"].map(str::to_owned));
+        assert_eq!(helped(&help), options, "{verb}");
+    }
+    Ok(())
+}
+
+/// What each page says of exit statuses is what comes out.
+#[test]
+fn the_manuals_have_all_exit_statuses() -> TestResult {
+    for page in [MANUAL, VNED] {
+        let manual = read(page)?;
+        let statuses: Vec<&str> = section(&manual, "EXIT STATUS")
+            .lines()
+            .filter_map(|line| line.strip_prefix("=item B<")?.strip_suffix('>'))
+            .collect();
+        assert_eq!(statuses, ["0", "1", "2"], "{page}");
+    }
+    let vned = |arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vned"));
+        command
+            .args(arguments)
+            .output()
+            .map(|output| output.status.code())
+    };
+    assert_eq!(vned(&["--version"])?, Some(0));
+    assert_eq!(vned(&["--check-config", "--xl", "/bin/false"])?, Some(1));
+    assert_eq!(vned(&["--nonsense"])?, Some(2));
+    Ok(())
+}
+
 #[test]
 fn the_manual_is_sound_pod() -> TestResult {
     [MANUAL, VNED, VNE_CONF].into_iter().try_for_each(sound_pod)
+}
+
+/// That page is a part of the patches to xl.
+#[test]
+fn the_page_about_plugins_is_sound_pod() -> TestResult {
+    let patch = read(PLUGINS)?;
+    let added = patch
+        .lines()
+        .skip_while(|line| *line != "+++ b/docs/man/xl-plugins.7.pod")
+        .skip(2)
+        .take_while(|line| line.starts_with('+'));
+    let page: String = added.map(|line| format!("{}\n", &line[1..])).collect();
+    assert!(page.starts_with("=head1 NAME") && page.len() > 4_000);
+    let file = tempfile::Builder::new().suffix(".pod").tempfile()?;
+    std::fs::write(file.path(), page)?;
+    sound_pod(&file.path().to_string_lossy())
 }
 
 fn sound_pod(page: &str) -> TestResult {

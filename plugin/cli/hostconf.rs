@@ -18,7 +18,7 @@ use crate::sidecar::files;
 pub const FILE: &str = "vne.conf";
 
 /// All keys.
-const KEYS: [&str; 3] = ["name", "listen", "peers"];
+const KEYS: [&str; 4] = ["name", "listen", "peers", "at_shutdown"];
 
 /// What the file says, and nothing that it doesn't.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -29,6 +29,8 @@ pub struct Said {
     pub listen: Option<String>,
     /// The others.
     pub peers: Vec<Peer>,
+    /// VNEs to save when the host is shut down.
+    pub at_shutdown: Vec<Name>,
 }
 
 impl Said {
@@ -39,6 +41,8 @@ impl Said {
         let listen = config.string(c"listen")?;
         let peers = config.list(c"peers")?.unwrap_or_default();
         let peers: Result<Vec<Peer>, _> = peers.iter().map(|item| item.parse()).collect();
+        let vnes = config.list(c"at_shutdown")?.unwrap_or_default();
+        let vnes: Result<Vec<Name>, _> = vnes.iter().map(|vne| Name::new(vne)).collect();
         Ok(Self {
             name: name.map(|name| host_name(&name)).transpose().map_err(bad)?,
             listen: listen
@@ -46,6 +50,7 @@ impl Said {
                 .transpose()
                 .map_err(bad)?,
             peers: peers.map_err(bad)?,
+            at_shutdown: vnes.map_err(|error| format!("{source}: {}", sentence(&error)))?,
         })
     }
 
@@ -84,6 +89,12 @@ pub fn load(config_dir: &Path) -> Result<Conf, Failure> {
     let said = Said::parse(&source, &text)?;
     warn_of_unknown_keys(&source, &text, &KEYS);
     said.complete(&path)
+}
+
+/// The VNEs that are to be saved when this host is shut down, in that order.
+pub fn at_shutdown(config_dir: &Path) -> Result<Vec<Name>, Failure> {
+    let path = config_dir.join(FILE);
+    Ok(Said::parse(&path.to_string_lossy(), &read(&path)?)?.at_shutdown)
 }
 
 /// A file that doesn't exist says nothing.
@@ -274,6 +285,10 @@ mod tests {
         assert_eq!(conf.name.as_str(), "alpha");
         assert_eq!(conf.listen.as_deref(), Some("10.0.0.1:7791"));
         assert_eq!(conf.peers, [BETA, GAMMA].map(|item| item.parse().unwrap()));
+        assert_eq!(at_shutdown(dir.path()).unwrap(), []);
+        let dir = folder("at_shutdown = [ \"lab\", \"web\" ]\n");
+        let expected = ["lab", "web"].map(|vne| Name::new(vne).unwrap());
+        assert_eq!(at_shutdown(dir.path()).unwrap(), expected);
     }
 
     #[test]

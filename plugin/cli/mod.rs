@@ -4,10 +4,12 @@
 
 mod config;
 mod export;
+mod hooks;
 mod hostconf;
 mod list;
 mod net;
 mod peer;
+mod power;
 mod progress;
 mod remove;
 mod restore;
@@ -15,6 +17,7 @@ mod show;
 mod statements;
 mod status;
 mod take;
+mod timeline;
 mod units;
 mod worker;
 mod xlcfg;
@@ -281,6 +284,10 @@ fn print_json(value: &impl serde::Serialize) -> Result<(), Failure> {
     text.push('\n');
     print(&text)
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod json_tests;
 
 #[cfg(test)]
 mod tests {

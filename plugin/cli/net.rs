@@ -28,31 +28,31 @@ pub struct Arguments {
 
 /// A network, as it's printed.
 #[derive(Debug, Serialize)]
-struct Shown {
-    vne: String,
-    bridge: String,
-    mtu: u32,
-    up: bool,
+pub(super) struct Shown {
+    pub(super) vne: String,
+    pub(super) bridge: String,
+    pub(super) mtu: u32,
+    pub(super) up: bool,
     /// None if the VNE is on this host alone.
-    tunnel: Option<ShownTunnel>,
-    vifs: Vec<String>,
+    pub(super) tunnel: Option<ShownTunnel>,
+    pub(super) vifs: Vec<String>,
 }
 
 #[derive(Debug, Serialize)]
-struct ShownTunnel {
-    interface: String,
-    vni: u32,
-    port: u16,
+pub(super) struct ShownTunnel {
+    pub(super) interface: String,
+    pub(super) vni: u32,
+    pub(super) port: u16,
     /// None if it depends on the peer.
-    local: Option<IpAddr>,
-    peers: Vec<ShownPeer>,
+    pub(super) local: Option<IpAddr>,
+    pub(super) peers: Vec<ShownPeer>,
 }
 
 #[derive(Debug, Serialize)]
-struct ShownPeer {
+pub(super) struct ShownPeer {
     /// None if no peer is known by this address.
-    name: Option<Name>,
-    address: IpAddr,
+    pub(super) name: Option<Name>,
+    pub(super) address: IpAddr,
 }
 
 /// Runs the verb.

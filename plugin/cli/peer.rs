@@ -170,10 +170,10 @@ fn test(host: &Host, name: Option<&Name>, json: bool) -> Result<(), Failure> {
 
 /// What other hosts' admins want to know.
 #[derive(Debug, Serialize)]
-struct Card {
-    name: Name,
-    listen: Option<String>,
-    fingerprint: Fingerprint,
+pub(super) struct Card {
+    pub(super) name: Name,
+    pub(super) listen: Option<String>,
+    pub(super) fingerprint: Fingerprint,
 }
 
 impl Card {

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::path::Path;
 
+use super::hooks::{self, Hooks};
 use super::{print, Failure, Host, SnapshotName, StoreArgument};
 use crate::image::{Manifest, Name};
 use crate::sidecar::admin::Daemon;
@@ -103,20 +104,37 @@ pub fn run(host: &Host, arguments: &Arguments) -> Result<(), Failure> {
     };
     let manifest = snapshot.manifest();
     let elsewhere = manifest.members.iter().find(|m| m.host != manifest.host);
-    match elsewhere {
-        None => restore::restore(&request, &snapshot, &mut printer)?,
-        Some(member) => {
-            let what = format!("'{}' is on host '{}'", member.name, member.host);
-            let wanted = SnapshotRef {
-                vne: manifest.vne.clone(),
-                id: manifest.id.clone(),
-            };
-            let daemon = Daemon::connect(&host.run_dir, &what)?;
-            let (store, copy) = (request.store, request.copy);
-            daemon.restore(wanted, store, copy, request.paused, &mut printer)?;
+    let work = || -> Result<(), Failure> {
+        match elsewhere {
+            None => Ok(restore::restore(&request, &snapshot, &mut printer)?),
+            Some(member) => {
+                let what = format!("'{}' is on host '{}'", member.name, member.host);
+                let wanted = SnapshotRef {
+                    vne: manifest.vne.clone(),
+                    id: manifest.id.clone(),
+                };
+                let daemon = Daemon::connect(&host.run_dir, &what)?;
+                let (store, copy) = (request.store, request.copy);
+                Ok(daemon.restore(wanted, store, copy, request.paused, &mut printer)?)
+            }
         }
+    };
+    hooks(host, manifest, arguments.copy.as_ref())?.around(work, |()| Vec::new())
+}
+
+fn hooks(host: &Host, manifest: &Manifest, copy: Option<&Name>) -> Result<Hooks, Failure> {
+    let members = names(manifest, copy)?;
+    let members = manifest.members.iter().zip(members);
+    let members: Vec<_> = members
+        .map(|(member, name)| format!("{}:{name}", member.host))
+        .collect();
+    let verb = hooks::Verb::Restore;
+    let mut hooks = Hooks::find(&host.config_dir, verb, &manifest.vne, &members)?;
+    hooks.tell("VNE_SNAPSHOT", format!("{}@{}", manifest.vne, manifest.id));
+    if let Some(copy) = copy {
+        hooks.tell("VNE_AS", copy.as_str());
     }
-    Ok(())
+    Ok(hooks)
 }
 
 /// What the restored domains are called.

@@ -1,5 +1,6 @@
 //! `xl vne-snapshot show`.
 
+use super::timeline::{self, Canvas};
 use super::units::{bytes, ms, table};
 use super::{print, print_json, Failure, Host, SnapshotName, StoreArgument};
 use crate::image::{Manifest, Name};
@@ -13,6 +14,10 @@ pub struct Arguments {
     /// Print the manifest as JSON
     #[arg(long)]
     json: bool,
+    /// Draw what happened to each member when, here or into FILE.html or FILE.svg
+    #[arg(long, value_name = "FILE", num_args = 0..=1, require_equals = true,
+          default_missing_value = timeline::TERMINAL, conflicts_with = "json")]
+    timeline: Option<Canvas>,
     #[command(flatten)]
     store: StoreArgument,
 }
@@ -21,7 +26,9 @@ pub struct Arguments {
 pub fn run(host: &Host, arguments: &Arguments) -> Result<(), Failure> {
     let store = arguments.store.open(host, Some(&arguments.snapshot.vne))?;
     let snapshot = arguments.snapshot.open(&store)?;
-    if arguments.json {
+    if let Some(canvas) = &arguments.timeline {
+        timeline::draw(snapshot.manifest(), canvas)
+    } else if arguments.json {
         print_json(snapshot.manifest())
     } else {
         print(&describe(snapshot.manifest()))

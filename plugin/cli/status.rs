@@ -21,22 +21,22 @@ pub struct Arguments {
 }
 
 #[derive(Debug, Serialize)]
-struct Status {
-    activities: Vec<Activity>,
+pub(super) struct Status {
+    pub(super) activities: Vec<Activity>,
     /// None if it isn't running.
-    daemon: Option<DaemonStatus>,
+    pub(super) daemon: Option<DaemonStatus>,
 }
 
 #[derive(Debug, Serialize)]
-struct Activity {
+pub(super) struct Activity {
     /// Take or restore.
-    what: &'static str,
-    vne: String,
+    pub(super) what: &'static str,
+    pub(super) vne: String,
     /// The host that leads it; none if it's this one's alone.
-    leader: Option<String>,
-    members: Vec<String>,
+    pub(super) leader: Option<String>,
+    pub(super) members: Vec<String>,
     /// Its process here.
-    pid: u32,
+    pub(super) pid: u32,
 }
 
 /// Runs the verb.

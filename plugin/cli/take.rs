@@ -1,7 +1,9 @@
 //! `xl vne-snapshot take`.
 
+use std::ffi::OsString;
 use std::path::Path;
 
+use super::hooks::{self, Hooks};
 use super::progress::Printer;
 use super::units::{bytes, table};
 use super::{config::VneConfig, print, print_json, Failure, Host, StoreArgument};
@@ -163,21 +165,50 @@ pub fn run(host: &Host, arguments: &Arguments) -> Result<(), Failure> {
     let quiet = arguments.quiet || arguments.json || request.dry_run;
     let mut printer = Printer::new(&request.members, &here, quiet);
     let elsewhere = request.members.iter().find(|member| member.host != here);
-    let taken = match elsewhere {
-        None => sidecar::take(&request, &place, &mut printer)?,
-        Some(_) if arguments.store.store.is_some() => {
-            return Err(
-                "with members on several hosts each has a store of its own: set 'store' in \
-                        the VNE's description there"
-                    .into(),
-            );
-        }
-        Some(member) => {
-            let what = format!("'{}' is on host '{}'", member.name, member.host);
-            Daemon::connect(&host.run_dir, &what)?.take(&request, &mut printer)?
-        }
+    if elsewhere.is_some() && arguments.store.store.is_some() {
+        return Err(
+            "with members on several hosts each has a store of its own: set 'store' in the VNE's \
+             description there"
+                .into(),
+        );
+    }
+    let mut work = || -> Result<Taken, Failure> {
+        Ok(match elsewhere {
+            None => sidecar::take(&request, &place, &mut printer)?,
+            Some(member) => {
+                let what = format!("'{}' is on host '{}'", member.name, member.host);
+                Daemon::connect(&host.run_dir, &what)?.take(&request, &mut printer)?
+            }
+        })
+    };
+    let taken = match request.dry_run {
+        true => work()?,
+        false => hooks(host, &request)?.around(work, snapshot_of)?,
     };
     show(&request, &place.store, arguments, taken)
+}
+
+fn hooks(host: &Host, request: &TakeRequest) -> Result<Hooks, Failure> {
+    let members = request.members.iter();
+    let members: Vec<_> = members
+        .map(|member| format!("{}:{}", member.host, member.name))
+        .collect();
+    let mut hooks = Hooks::find(&host.config_dir, hooks::Verb::Take, &request.vne, &members)?;
+    if let Some(label) = &request.label {
+        hooks.tell("VNE_LABEL", label);
+    }
+    Ok(hooks)
+}
+
+/// What hooks are told once there is a snapshot.
+fn snapshot_of(taken: &Taken) -> Vec<(&'static str, OsString)> {
+    match taken {
+        Taken::Snapshot { manifest, .. } => {
+            let id = format!("{}@{}", manifest.vne, manifest.id);
+            vec![("VNE_SNAPSHOT", id.into())]
+        }
+        Taken::Planned(_) => Vec::new(),
+    }
 }
 
 fn show(

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
 
-use super::{net, start_log, Failure, Host};
+use super::{net, power, start_log, Failure, Host};
 use crate::domain::recover::recover_domains;
 use crate::domain::worker::{self, Helpers};
 use crate::image::Name;
@@ -56,6 +56,10 @@ enum Work {
     NetDown { vne: Name },
     /// Have the networks that are there follow what is configured
     NetFollow,
+    /// Take snapshots of the VNEs that vne.conf names, and destroy their members
+    AtShutdown,
+    /// Restore what was taken at shutdown
+    AtBoot,
 }
 
 /// `xl vne-worker`.
@@ -141,6 +145,8 @@ fn run(host: &Host, work: &Work) -> Result<(), Failure> {
         Work::NetUp { vne } => net::up(host, vne),
         Work::NetDown { vne } => net::down(host, vne),
         Work::NetFollow => net::follow(host),
+        Work::AtShutdown => power::shutdown(host),
+        Work::AtBoot => power::boot(host),
     }
 }
 

@@ -72,6 +72,10 @@ pub struct Round {
     pub pages: u64,
     /// How long sending took, in ns.
     pub duration_ns: u64,
+    /// When it began, `CLOCK_MONOTONIC` of its host in ns; 0 if that isn't
+    /// known.
+    #[serde(default)]
+    pub began_ns: u64,
 }
 
 /// The state of one member's pre-copy.
@@ -120,6 +124,7 @@ impl Policy {
                 iteration,
                 pages,
                 duration_ns: now_ns.saturating_sub(began_ns),
+                began_ns,
             });
         if let Some(round) = round {
             self.learn(round);

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::error::Error;
 use super::name::{Name, SnapshotId};
+use super::timeline::Timeline;
 use super::Result;
 
 /// The version of the snapshot format that this program writes, and the only
@@ -18,8 +19,8 @@ pub const FORMAT: u32 = 1;
 /// The manifest's file name.
 pub const MANIFEST_NAME: &str = "manifest.json";
 
-/// Bytes in a manifest, at most. A member takes about 1.5 KiB: this is enough
-/// for thousands, and little enough to read blindly.
+/// Bytes in a manifest, at most. A member takes 10 KiB at most: this is enough
+/// for more than a thousand, and little enough to read blindly.
 pub const MANIFEST_BYTES_MAX: u64 = 16 << 20;
 
 /// A snapshot's description.
@@ -130,6 +131,10 @@ pub struct Member {
     /// What it had sent before its cut and nobody had seen.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub recorded: Option<Recorded>,
+    /// When what happened to it; not of snapshots that were taken by versions
+    /// that didn't keep it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timeline: Option<Timeline>,
     /// What is stored.
     pub image: MemberImage,
 }
@@ -338,6 +343,7 @@ pub(crate) mod tests {
             uncaptured_disks: Vec::new(),
             late_frames: 0,
             recorded: None,
+            timeline: None,
             image: MemberImage {
                 stats: MemberStats::default(),
                 files: Vec::new(),

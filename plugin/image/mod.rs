@@ -51,6 +51,7 @@ mod records;
 mod slots;
 mod store;
 mod table;
+mod timeline;
 mod writer;
 
 #[cfg(test)]
@@ -66,6 +67,7 @@ pub use name::{Name, SnapshotId, StoreId, NAME_BYTES_MAX};
 pub use reader::{MemberReader, ReplayError};
 pub use store::{free_bytes, Cleaned, Store, Take, DEFAULT_ROOT};
 pub use table::PFN_COUNT_MAX;
+pub use timeline::{few as few_rounds, Timeline, TimelineRound, ROUNDS_MAX};
 pub use writer::{MemberHandle, MemberWriter, WriterOptions, RECORDS_BYTES_MAX};
 
 /// What most of this module returns.

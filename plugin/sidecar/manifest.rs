@@ -3,7 +3,9 @@
 use crate::domain::messages::CutTimes;
 use crate::domain::policy::Round;
 use crate::domain::{DomainFacts, DomainKind};
-use crate::image::{self, DomainType, Downtime, Member, MemberImage, Name};
+use crate::image::{
+    self, DomainType, Downtime, Member, MemberImage, Name, Timeline, TimelineRound,
+};
 
 /// The largest difference between two members' cuts, in ns, given when each
 /// was, by one clock, in ns.
@@ -21,6 +23,43 @@ pub fn downtime(times: &CutTimes) -> Downtime {
         last_pages_ns: times.pages_done_ns.saturating_sub(times.suspended_ns),
         device_state_ns: times.saved_ns.saturating_sub(times.pages_done_ns),
         resume_ns: times.resumed_ns.saturating_sub(times.saved_ns),
+    }
+}
+
+/// When things happened that aren't one member's alone, or come after its worker
+/// has said all; by the host's own clock, in ns.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Marks {
+    /// The member hovered from here on.
+    pub hover_ns: Option<u64>,
+    /// Frames began to be held.
+    pub held_ns: u64,
+    /// They had been let go.
+    pub released_ns: u64,
+    /// Members were told to write out.
+    pub finalise_ns: u64,
+    /// The member's part was on disk.
+    pub stored_ns: u64,
+}
+
+/// What `show --timeline` draws.
+pub fn timeline(rounds: &[Round], times: &CutTimes, marks: &Marks) -> Timeline {
+    let cut_ns = times.suspended_ns;
+    let before = |at_ns: u64| cut_ns.saturating_sub(at_ns);
+    let after = |at_ns: u64| at_ns.saturating_sub(cut_ns);
+    let rounds = rounds.iter().map(|round| TimelineRound {
+        before_ns: before(round.began_ns),
+        duration_ns: round.duration_ns,
+        pages: round.pages,
+        count: 1,
+    });
+    Timeline {
+        rounds: image::few_rounds(rounds.collect()),
+        hover_ns: marks.hover_ns.map(before),
+        held_ns: before(marks.held_ns),
+        released_ns: after(marks.released_ns),
+        finalise_ns: after(marks.finalise_ns),
+        stored_ns: after(marks.stored_ns),
     }
 }
 
@@ -55,6 +94,7 @@ pub fn member(
         uncaptured_disks: facts.writable_disks(),
         late_frames: 0,
         recorded: None,
+        timeline: None,
         image,
     })
 }

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use super::acting::{Heard, Which};
 use super::error::Error;
 use super::journal::{Journal, JournalCap, JournalDomain, Record, Register};
+use super::manifest::{timeline, Marks};
 use super::vote::Vote;
 use super::wire::{Attached, PartMember, Plan};
 use super::workers::{Program, Rendezvous, Worker};
@@ -69,6 +70,7 @@ struct Member {
     frames: Vec<Frame>,
     recorded: Option<Recorded>,
     stored: Option<MemberImage>,
+    marks: Marks,
     ended: bool,
 }
 
@@ -112,6 +114,7 @@ pub(super) struct Part {
     outcome: Option<Manifest>,
     blocked_ns: u64,
     held_ns: u64,
+    finalise_ns: u64,
 }
 
 impl Part {
@@ -134,6 +137,7 @@ impl Part {
             outcome: None,
             blocked_ns: 0,
             held_ns: 0,
+            finalise_ns: 0,
         })
     }
 
@@ -175,6 +179,7 @@ impl Part {
                 frames: Vec::new(),
                 recorded: None,
                 stored: None,
+                marks: Marks::default(),
                 ended: false,
             });
         }
@@ -235,6 +240,8 @@ impl Part {
                 None
             }
             Event::Round { round, converged } => {
+                let hovers_since = member.marks.hover_ns.unwrap_or_else(now_ns);
+                member.marks.hover_ns = converged.then_some(hovers_since);
                 member.converged = converged;
                 member.ever_converged |= converged;
                 member.rounds.push(round);
@@ -253,6 +260,7 @@ impl Part {
             }
             Event::Stored(image) => {
                 member.stored = Some(*image);
+                member.marks.stored_ns = now_ns();
                 Some(HostInput::Stored(index))
             }
             Event::Failed { why } => {
@@ -325,6 +333,7 @@ impl Part {
                 self.keep_frames()?;
                 self.take_holds_down()?;
                 self.uncap()?;
+                self.finalise_ns = now_ns();
                 self.tell_all(&Command::Finalise);
                 Ok(None)
             }
@@ -607,12 +616,19 @@ impl Part {
                 return Err(lost());
             };
             let host = &self.place.host;
+            let marks = Marks {
+                held_ns: self.blocked_ns,
+                released_ns: self.blocked_ns.saturating_add(self.held_ns),
+                finalise_ns: self.finalise_ns,
+                ..member.marks
+            };
             stored.push(PartMember {
                 entry: Entry {
                     diverged: !member.ever_converged,
                     throttled_to: member.cap.map(|(cap, _)| cap),
                     late_frames: member.late,
                     recorded: member.recorded.take(),
+                    timeline: Some(timeline(&member.rounds, times, &marks)),
                     ..super::manifest::member(host, facts, &member.rounds, times, image)?
                 },
                 suspended_ns: times.suspended_ns,

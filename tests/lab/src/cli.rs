@@ -48,6 +48,25 @@ enum Verb {
     },
     /// Build the product, laid out as it's installed
     Build,
+    /// Build Debian packages, into target/deb
+    Deb {
+        /// Debian suite
+        #[arg(long, default_value = "bookworm")]
+        suite: String,
+        /// Build none: try those that were built on two hosts with real Xen
+        #[arg(long)]
+        try_on_xen: bool,
+    },
+    /// Find out whether this can be released: changelog, licences, packages, and
+    /// the README's commands
+    ReleaseCheck {
+        /// Only the packages of this Debian suite
+        #[arg(long)]
+        suite: Option<String>,
+        /// Without the README's commands, which take more than an hour
+        #[arg(long)]
+        no_lab: bool,
+    },
     /// Real Xen hosts under QEMU
     #[command(subcommand)]
     Lab(LabVerb),
@@ -227,6 +246,25 @@ pub fn run() -> Result<ExitCode> {
         Verb::Build => {
             println!("{}", crate::product::stage()?.display());
             Ok(ExitCode::SUCCESS)
+        }
+        Verb::Deb { suite, try_on_xen } => {
+            let suite = crate::package::Suite::named(&suite)?;
+            if try_on_xen {
+                crate::package::on_xen::check(suite)?;
+                println!("installed, taken, restored, purged: as it should be");
+                return Ok(ExitCode::SUCCESS);
+            }
+            for package in crate::package::build(suite)? {
+                println!("{}", package.display());
+            }
+            Ok(ExitCode::SUCCESS)
+        }
+        Verb::ReleaseCheck { suite, no_lab } => {
+            let suite = suite
+                .as_deref()
+                .map(crate::package::Suite::named)
+                .transpose()?;
+            crate::package::release::check(suite, !no_lab)
         }
         Verb::Lab(verb) => lab_verb(verb),
         Verb::XenSource { suite } => {

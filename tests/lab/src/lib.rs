@@ -4,6 +4,7 @@ pub mod check;
 pub mod cli;
 pub mod demo;
 pub mod lab;
+pub mod package;
 pub mod product;
 mod scale;
 pub mod test;

@@ -43,7 +43,7 @@ pub fn stage() -> Result<PathBuf> {
     copy(&shims.join("vne-save-helper"), &programs)?;
     copy(&shims.join("vne-save-policy.so"), &programs)?;
     copy(&target(&root).join("release/vned"), &programs)?;
-    copy(&root.join("packaging/vned.service"), &programs)?;
+    copy(&root.join("packaging/systemd/vned.service"), &programs)?;
     copy(&root.join("packaging/hotplug/vif-vne"), &programs)?;
     let plugins = private.join("lib/xl-plugins");
     fs::create_dir_all(&plugins).context("cannot create the plugins' folder")?;
@@ -68,7 +68,7 @@ pub fn example(name: &str) -> Result<PathBuf> {
 }
 
 /// Where cargo builds.
-fn target(root: &Path) -> PathBuf {
+pub fn target(root: &Path) -> PathBuf {
     std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from)
 }
 

@@ -158,28 +158,31 @@ impl Apt {
         }
         fs::create_dir(&fetched).context("cannot create a folder for a download")?;
         let log = out.join("fetch.log");
-        process::logged(
+        let downloaded = process::logged(
             self.command("apt-get")
                 .args(["source", "--download-only", "-q"])
                 .arg(format!("{package}={version}"))
                 .current_dir(&fetched),
             &log,
             INSTALL_LIMIT,
-        )?;
-        let dsc = fs::read_dir(&fetched)
-            .context("cannot list what apt fetched")?
-            .filter_map(|entry| entry.ok().map(|entry| entry.path()))
-            .find(|path| path.extension().is_some_and(|e| e == "dsc"))
-            .with_context(|| format!("apt fetched no .dsc of {package}"))?;
-        // apt has checked the signature already.
-        process::logged(
-            Command::new("dpkg-source")
-                .args(["--no-check", "-x"])
-                .arg(&dsc)
-                .arg(out.join(package)),
-            &log,
-            INSTALL_LIMIT,
-        )?;
+        );
+        let target = out.join(package);
+        match (downloaded, file_ending(&fetched, ".dsc")?) {
+            // apt has checked the signature already.
+            (Ok(()), Some(dsc)) => process::logged(
+                Command::new("dpkg-source")
+                    .args(["--no-check", "-x"])
+                    .arg(&dsc)
+                    .arg(&target),
+                &log,
+                INSTALL_LIMIT,
+            )?,
+            // A mirror may have lost the small file that names the others. What
+            // apt keeps of those was checked against the archive's index.
+            (Err(error), None) => unpack_without_dsc(&fetched, &target, &log).context(error)?,
+            (Err(error), Some(_)) => return Err(error),
+            (Ok(()), None) => bail!("apt fetched no .dsc of {package}"),
+        }
         fs::remove_dir_all(&fetched).context("cannot remove a download")
     }
 
@@ -244,6 +247,37 @@ impl Apt {
         }
         command
     }
+}
+
+/// The one file of a folder whose name ends so.
+fn file_ending(dir: &Path, end: &str) -> Result<Option<PathBuf>> {
+    let entries = fs::read_dir(dir).with_context(|| format!("cannot list {}", dir.display()))?;
+    Ok(entries
+        .filter_map(|entry| entry.ok().map(|entry| entry.path()))
+        .find(|path| path.to_string_lossy().ends_with(end)))
+}
+
+/// Does what dpkg-source does with a source package in format 3.0 (quilt).
+fn unpack_without_dsc(fetched: &Path, target: &Path, log: &Path) -> Result<()> {
+    let part = |end: &str| {
+        file_ending(fetched, end)?.with_context(|| format!("apt fetched no file *{end} either"))
+    };
+    if target.exists() {
+        fs::remove_dir_all(target).context("cannot clear an earlier source")?;
+    }
+    fs::create_dir(target).context("cannot create the source's folder")?;
+    let script = "tar -xf \"$1\" --strip-components=1 && tar -xf \"$2\" && \
+                  sed 's/[[:space:]]*#.*//; /^$/d' debian/patches/series | \
+                  while read -r name; do patch -s -f -p1 -i \"debian/patches/$name\" || exit; done";
+    process::logged(
+        Command::new("sh")
+            .args(["-c", script, "sh"])
+            .arg(part(".orig.tar.xz")?)
+            .arg(part(".debian.tar.xz")?)
+            .current_dir(target),
+        log,
+        INSTALL_LIMIT,
+    )
 }
 
 /// Installs the packages of which a program or file is missing. Without the

@@ -8,15 +8,15 @@
 //!                  └──ssh over a local port of each QEMU──► dom0
 //! ```
 
-mod apt;
+pub(crate) mod apt;
 mod booted;
-mod cache;
+pub(crate) mod cache;
 mod cpio;
 mod emulator;
 mod guest;
 mod hub;
 mod image;
-mod process;
+pub(crate) mod process;
 mod qemu;
 mod shape;
 mod ssh;
