@@ -11,6 +11,7 @@ pub mod sidecar;
 pub mod stream;
 
 mod abi;
+mod priority;
 mod random;
 mod sentence;
 

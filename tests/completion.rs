@@ -175,6 +175,7 @@ fn member(name: &str) -> Result<Member, Box<dyn Error>> {
                 length: 4096,
                 blake3: None,
             }],
+            packs: Vec::new(),
         },
     })
 }

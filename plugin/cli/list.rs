@@ -1,8 +1,10 @@
 //! `xl vne-snapshot list`.
 
+use std::path::Path;
+
 use super::units::{bytes, ms, table};
 use super::{print, print_json, Failure, Host, StoreArgument};
-use crate::image::{Manifest, Name};
+use crate::image::{Manifest, Name, Sizes};
 use crate::sentence::sentence;
 
 /// List the snapshots of this host.
@@ -20,11 +22,29 @@ pub struct Arguments {
 /// Runs the verb.
 pub fn run(host: &Host, arguments: &Arguments) -> Result<(), Failure> {
     let store = arguments.store.open(host, arguments.vne.as_ref())?;
-    let listing = store.catalogue().list(arguments.vne.as_ref())?;
+    // Sizes depend on all there are.
+    let mut listing = store.catalogue().list(None)?;
+    let sizes = store.catalogue().sizes(&listing.snapshots)?;
+    if let Some(vne) = &arguments.vne {
+        listing.snapshots.retain(|manifest| manifest.vne == *vne);
+        let dir = Some(std::ffi::OsStr::new(vne.as_str()));
+        let of_vne = |path: &Path| path.parent().and_then(Path::file_name) == dir;
+        listing.damaged.retain(|damaged| of_vne(&damaged.path));
+    }
+    let listed: Vec<Listed> = listing
+        .snapshots
+        .iter()
+        .map(|manifest| Listed {
+            manifest,
+            sizes: sizes
+                .get(&(manifest.vne.clone(), manifest.id.clone()))
+                .copied(),
+        })
+        .collect();
     if arguments.json {
-        print_json(&listing.snapshots)?;
+        print_json(&listed)?;
     } else {
-        print(&describe(&listing.snapshots))?;
+        print(&describe(&listed))?;
     }
     for damaged in &listing.damaged {
         log::warn!("{}: {}", damaged.path.display(), sentence(&damaged.error));
@@ -32,9 +52,19 @@ pub fn run(host: &Host, arguments: &Arguments) -> Result<(), Failure> {
     Ok(())
 }
 
-fn describe(snapshots: &[Manifest]) -> String {
+/// A manifest, and what isn't in it.
+#[derive(serde::Serialize)]
+pub struct Listed<'a> {
+    #[serde(flatten)]
+    pub manifest: &'a Manifest,
+    /// None if it can't be told.
+    #[serde(flatten)]
+    pub sizes: Option<Sizes>,
+}
+
+fn describe(snapshots: &[Listed]) -> String {
     let mut rows = vec![[
-        "SNAPSHOT", "CREATED", "MEMBERS", "STORED", "DOWNTIME", "SKEW", "LABEL",
+        "SNAPSHOT", "CREATED", "MEMBERS", "OWN", "SHARED", "DOWNTIME", "SKEW", "LABEL",
     ]
     .map(String::from)
     .to_vec()];
@@ -42,22 +72,23 @@ fn describe(snapshots: &[Manifest]) -> String {
     table(&rows)
 }
 
-fn row(manifest: &Manifest) -> Vec<String> {
+fn row(listed: &Listed) -> Vec<String> {
+    let manifest = listed.manifest;
     let worst = manifest
         .members
         .iter()
         .map(|member| member.downtime.total_ns())
         .max();
-    let stored: u64 = manifest
-        .members
-        .iter()
-        .flat_map(|member| member.image.files.iter().map(|file| file.length))
-        .sum();
+    let size = |of: fn(Sizes) -> u64| match listed.sizes {
+        Some(sizes) => bytes(of(sizes)),
+        None => String::from("?"),
+    };
     vec![
         format!("{}@{}", manifest.vne, manifest.id),
         manifest.created.clone(),
         manifest.members.len().to_string(),
-        bytes(stored),
+        size(|sizes| sizes.own_bytes),
+        size(|sizes| sizes.shared_bytes),
         ms(worst.unwrap_or_default()),
         ms(manifest.cut.skew_ns),
         manifest.label.clone().unwrap_or_default(),

@@ -3,14 +3,18 @@
 //! Exit status as xl's: 0 success, 1 failure, 2 arguments that make no sense.
 
 mod config;
+mod diff;
 mod export;
 mod hooks;
 mod hostconf;
+mod import;
 mod list;
+mod meter;
 mod net;
 mod peer;
 mod power;
 mod progress;
+mod prune;
 mod remove;
 mod restore;
 mod show;
@@ -19,6 +23,7 @@ mod status;
 mod take;
 mod timeline;
 mod units;
+mod verify;
 mod worker;
 mod xlcfg;
 
@@ -100,10 +105,18 @@ enum Verb {
     Net(net::Arguments),
     /// Bring all members of a snapshot back
     Restore(restore::Arguments),
+    /// Read snapshots and compare all of it with what was written
+    Verify(verify::Arguments),
+    /// Show how much has changed from one snapshot to another
+    Diff(diff::Arguments),
     /// Delete snapshots
     Remove(remove::Arguments),
+    /// Delete old snapshots by a rule
+    Prune(prune::Arguments),
     /// Write a member as a file for stock 'xl restore'
     Export(export::Arguments),
+    /// Make a snapshot of files that 'xl save' has written
+    Import(import::Arguments),
     /// Say which other hosts this one talks to, and who it is itself
     Peer(peer::Arguments),
 }
@@ -136,8 +149,12 @@ pub fn main(host: &Host, arguments: Vec<OsString>) -> c_int {
         Verb::Status(arguments) => status::run(host, arguments),
         Verb::Net(arguments) => net::run(host, arguments),
         Verb::Restore(arguments) => restore::run(host, arguments),
+        Verb::Verify(arguments) => verify::run(host, arguments),
+        Verb::Diff(arguments) => diff::run(host, arguments),
         Verb::Remove(arguments) => remove::run(host, arguments),
+        Verb::Prune(arguments) => prune::run(host, arguments),
         Verb::Export(arguments) => export::run(host, arguments),
+        Verb::Import(arguments) => import::run(host, arguments),
         Verb::Peer(arguments) => peer::run(host, arguments),
     };
     match result {

@@ -69,13 +69,9 @@ pub fn run(host: &Host, arguments: &Arguments) -> Result<(), Failure> {
             Some(id) => id.clone(),
             None => name.open(&store)?.manifest().id.clone(),
         };
-        let elsewhere = if arguments.here {
-            Vec::new()
-        } else {
-            other_hosts(&store, &name.vne, &id)?
-        };
         if arguments.dry_run || host.dry_run {
             store.catalogue().get(&name.vne, &id)?;
+            let elsewhere = elsewhere(&store, &name.vne, &id, arguments.here)?;
             print(&format!(
                 "Would remove {}@{id}{}.\n",
                 name.vne,
@@ -83,18 +79,35 @@ pub fn run(host: &Host, arguments: &Arguments) -> Result<(), Failure> {
             ))?;
             continue;
         }
-        if let Some(other) = elsewhere.first() {
-            let what = format!(
-                "host '{other}' has a part of {}@{id} (--here removes only this host's)",
-                name.vne
-            );
-            let snapshot = SnapshotRef {
-                vne: name.vne.clone(),
-                id: id.clone(),
-            };
-            Daemon::connect(&host.run_dir, &what)?.remove(snapshot, elsewhere)?;
-        }
-        store.catalogue().remove(&name.vne, &id)?;
+        remove(host, &store, &name.vne, &id, arguments.here)?;
     }
     Ok(())
+}
+
+fn elsewhere(store: &Store, vne: &Name, id: &SnapshotId, here: bool) -> Result<Vec<Name>, Failure> {
+    match here {
+        true => Ok(Vec::new()),
+        false => other_hosts(store, vne, id),
+    }
+}
+
+/// Removes a snapshot, on other hosts too unless it's to be `here` alone.
+pub fn remove(
+    host: &Host,
+    store: &Store,
+    vne: &Name,
+    id: &SnapshotId,
+    here: bool,
+) -> Result<(), Failure> {
+    let elsewhere = elsewhere(store, vne, id, here)?;
+    if let Some(other) = elsewhere.first() {
+        let what =
+            format!("host '{other}' has a part of {vne}@{id} (--here removes only this host's)");
+        let snapshot = SnapshotRef {
+            vne: vne.clone(),
+            id: id.clone(),
+        };
+        Daemon::connect(&host.run_dir, &what)?.remove(snapshot, elsewhere)?;
+    }
+    Ok(store.catalogue().remove(vne, id)?)
 }

@@ -1,10 +1,12 @@
 //! `xl vne-snapshot show`.
 
+use super::list::Listed;
 use super::timeline::{self, Canvas};
 use super::units::{bytes, ms, table};
 use super::{print, print_json, Failure, Host, SnapshotName, StoreArgument};
-use crate::image::{Manifest, Name};
+use crate::image::{Manifest, Name, Sizes};
 use crate::sidecar::lead::Offset;
+use crate::stream::PAGE_SIZE;
 
 /// Show one snapshot: when, of what, and how long the members were down.
 #[derive(Debug, clap::Args)]
@@ -26,26 +28,31 @@ pub struct Arguments {
 pub fn run(host: &Host, arguments: &Arguments) -> Result<(), Failure> {
     let store = arguments.store.open(host, Some(&arguments.snapshot.vne))?;
     let snapshot = arguments.snapshot.open(&store)?;
+    let manifest = snapshot.manifest();
     if let Some(canvas) = &arguments.timeline {
-        timeline::draw(snapshot.manifest(), canvas)
-    } else if arguments.json {
-        print_json(snapshot.manifest())
-    } else {
-        print(&describe(snapshot.manifest()))
+        return timeline::draw(manifest, canvas);
+    }
+    let all = store.catalogue().list(None)?.snapshots;
+    let sizes = store.catalogue().sizes(&all)?;
+    let sizes = sizes.get(&(manifest.vne.clone(), manifest.id.clone()));
+    let sizes = sizes.copied();
+    match arguments.json {
+        true => print_json(&Listed { manifest, sizes }),
+        false => print(&describe(manifest, sizes)),
     }
 }
 
 /// The summary that `take` prints too.
-pub fn describe(manifest: &Manifest) -> String {
+pub fn describe(manifest: &Manifest, sizes: Option<Sizes>) -> String {
     let mut rows = vec![[
         "MEMBER", "HOST", "TYPE", "MEMORY", "DOWNTIME", "SUSPEND", "PAGES", "STATE", "RESUME",
-        "ROUNDS", "SENT", "LAST", "STORED",
+        "ROUNDS", "SENT", "LAST", "CONTENT", "NEW",
     ]
     .map(String::from)
     .to_vec()];
     for member in &manifest.members {
         let downtime = &member.downtime;
-        let stored: u64 = member.image.files.iter().map(|file| file.length).sum();
+        let stats = &member.image.stats;
         rows.push(vec![
             member.name.to_string(),
             member.host.to_string(),
@@ -59,7 +66,12 @@ pub fn describe(manifest: &Manifest) -> String {
             member.rounds.to_string(),
             member.pages_sent.to_string(),
             member.pages_final_dirty.to_string(),
-            bytes(stored),
+            bytes(stats.pages_stored * PAGE_SIZE as u64),
+            // Format 1 shares nothing.
+            bytes(match manifest.format {
+                1 => member.image.files.iter().map(|file| file.length).sum(),
+                _ => stats.bytes_new,
+            }),
         ]);
     }
     let hosts: Vec<&str> = manifest.hosts.iter().map(Name::as_str).collect();
@@ -92,6 +104,13 @@ pub fn describe(manifest: &Manifest) -> String {
                 member.name
             ));
         }
+    }
+    if let Some(sizes) = sizes {
+        notes.push_str(&format!(
+            "It takes {} of its own, and shares {} with other snapshots.\n",
+            bytes(sizes.own_bytes),
+            bytes(sizes.shared_bytes)
+        ));
     }
     let label = manifest.label.as_ref().map(|label| format!(", '{label}'"));
     format!(

@@ -228,7 +228,7 @@ fn show(
             match arguments {
                 Arguments { json: true, .. } => print_json(&manifest),
                 Arguments { quiet: true, .. } => Ok(()),
-                _ => print(&super::show::describe(&manifest)),
+                _ => print(&super::show::describe(&manifest, None)),
             }
         }
     }

@@ -185,6 +185,7 @@ fn prepare_and_capture(
     follow_orders(orders_in, Arc::clone(&orders));
     let options = WriterOptions {
         held_bytes_max: final_buffer_bytes,
+        ..WriterOptions::default()
     };
     let member = Name::new(&facts.name).map_err(|error| sentence(&error))?;
     let writer =

@@ -8,9 +8,12 @@ use super::error::Error;
 use super::files::{self, Lock};
 use super::manifest::{Manifest, Member, MANIFEST_BYTES_MAX, MANIFEST_NAME};
 use super::name::{Name, SnapshotId};
+use super::packs::Packs;
 use super::reader::MemberReader;
 use super::store::{self, is_not_found, Store};
+use super::sweep::{self, Effort, Swept};
 use super::Result;
+use crate::sentence::sentence;
 
 /// How long a process may take from being forked to running its program.
 const STARTING_MAX: Duration = Duration::from_millis(300);
@@ -31,6 +34,15 @@ pub struct Listing {
     pub damaged: Vec<Damaged>,
 }
 
+/// What [`Catalogue::names`] found.
+#[derive(Debug, Default)]
+pub struct Names {
+    /// Snapshots, by VNE and then by age, oldest first.
+    pub snapshots: Vec<(Name, SnapshotId)>,
+    /// What stands among them and can't be one.
+    pub strange: Vec<Error>,
+}
+
 /// A directory among the snapshots that isn't a good one.
 #[derive(Debug)]
 pub struct Damaged {
@@ -43,6 +55,10 @@ pub struct Damaged {
 impl Catalogue {
     pub(super) fn new(store: Store) -> Self {
         Catalogue { store }
+    }
+
+    pub(super) fn store(&self) -> &Store {
+        &self.store
     }
 
     /// All snapshots, or those of one VNE. One that is damaged or incomplete is
@@ -62,6 +78,38 @@ impl Catalogue {
             self.list_vne(&vne, &mut listing)?;
         }
         Ok(listing)
+    }
+
+    /// The names of all snapshots, damaged or not, or of one VNE's.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] if the store's directories can't be read.
+    pub fn names(&self, vne: Option<&Name>) -> Result<Names> {
+        let mut listing = Listing::default();
+        let vnes = match vne {
+            Some(vne) => vec![vne.clone()],
+            None => self.vnes(&mut listing)?,
+        };
+        let mut names = Names::default();
+        for vne in vnes {
+            let mut ids = Vec::new();
+            for (path, name) in entries(&self.store.vne_dir(&vne))? {
+                match name.parse::<SnapshotId>() {
+                    Ok(id) => ids.push(id),
+                    Err(error) => listing.damaged.push(Damaged { path, error }),
+                }
+            }
+            ids.sort();
+            names
+                .snapshots
+                .extend(ids.into_iter().map(|id| (vne.clone(), id)));
+        }
+        let strange = listing.damaged.into_iter();
+        names.strange = strange
+            .map(|damaged| Error::damaged(&damaged.path, sentence(&damaged.error)))
+            .collect();
+        Ok(names)
     }
 
     /// The newest complete snapshot of a VNE.
@@ -87,10 +135,11 @@ impl Catalogue {
     pub fn get(&self, vne: &Name, id: &SnapshotId) -> Result<Snapshot> {
         let lock = self.lock(vne, id, Lock::Shared)?;
         let dir = self.store.snapshot_dir(vne, id);
-        let manifest = read_manifest(&dir, vne, id)?;
+        let manifest = read_manifest(&dir, vne, id, &self.store.packs())?;
         Ok(Snapshot {
             manifest,
             dir,
+            packs: self.store.packs(),
             _lock: lock,
         })
     }
@@ -116,6 +165,17 @@ impl Catalogue {
         // make this one fail.
         let _ = self.store.clean_tmp();
         Ok(())
+    }
+
+    /// Frees what no snapshot uses; waits for others that do.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Damaged`] if a snapshot doesn't say which packs it needs: nothing
+    /// is freed then. [`Error::Io`].
+    pub fn sweep(&self) -> Result<Swept> {
+        let swept = sweep::sweep(&self.store, &[], Effort::Thorough)?;
+        Ok(swept.unwrap_or_default())
     }
 
     fn lock(&self, vne: &Name, id: &SnapshotId, lock: Lock) -> Result<File> {
@@ -160,7 +220,7 @@ impl Catalogue {
         }
         ids.sort();
         for (id, path) in ids {
-            match read_manifest(&path, vne, &id) {
+            match read_manifest(&path, vne, &id, &self.store.packs()) {
                 Ok(manifest) => listing.snapshots.push(manifest),
                 Err(_) if !path.exists() => {} // removed just now
                 Err(error) => listing.damaged.push(Damaged { path, error }),
@@ -195,7 +255,7 @@ fn entries(dir: &Path) -> Result<Vec<(PathBuf, String)>> {
 
 /// Reads the manifest in `dir`, checks that it belongs there and that its files
 /// are complete.
-fn read_manifest(dir: &Path, vne: &Name, id: &SnapshotId) -> Result<Manifest> {
+fn read_manifest(dir: &Path, vne: &Name, id: &SnapshotId, packs: &Packs) -> Result<Manifest> {
     let path = dir.join(MANIFEST_NAME);
     let bytes = match files::read_file(&path, MANIFEST_BYTES_MAX) {
         Err(error) if is_not_found(&error) => {
@@ -211,7 +271,7 @@ fn read_manifest(dir: &Path, vne: &Name, id: &SnapshotId) -> Result<Manifest> {
         );
         return Err(Error::damaged(&path, problem));
     }
-    store::check_files(dir, &manifest)?;
+    store::check_files(dir, &manifest, packs)?;
     Ok(manifest)
 }
 
@@ -220,6 +280,7 @@ fn read_manifest(dir: &Path, vne: &Name, id: &SnapshotId) -> Result<Manifest> {
 pub struct Snapshot {
     manifest: Manifest,
     dir: PathBuf,
+    packs: Packs,
     _lock: File,
 }
 
@@ -240,7 +301,8 @@ impl Snapshot {
     ///
     /// [`Error::NoMember`], [`Error::Damaged`], [`Error::Io`].
     pub fn member(&self, name: &Name) -> Result<MemberReader> {
-        MemberReader::open(&self.dir, self.entry(name)?)
+        let format = self.manifest.format;
+        MemberReader::open(&self.dir, &self.packs, self.entry(name)?, format)
     }
 
     /// The entry of a member that is stored here.
@@ -287,7 +349,7 @@ impl Snapshot {
     /// The first [`Error::Damaged`], [`Error::DamagedPages`] or [`Error::Io`].
     pub fn verify(&self) -> Result<()> {
         for member in self.manifest.members_here() {
-            MemberReader::open(&self.dir, member)?.verify()?;
+            self.member(&member.name)?.verify()?;
             self.recorded_frames(&member.name)?;
         }
         Ok(())

@@ -121,7 +121,7 @@ pub enum Error {
     },
 
     /// The snapshot was made by a later version of this program.
-    #[error("{} has format {format}; this program reads format {}", path.display(), super::manifest::FORMAT)]
+    #[error("{} has format {format}; this program reads formats {} to {}", path.display(), super::manifest::FORMAT_MIN, super::manifest::FORMAT)]
     Newer {
         /// The manifest.
         path: PathBuf,
@@ -171,6 +171,14 @@ impl Error {
             what: what.into(),
             problem: problem.into(),
         }
+    }
+
+    /// Whether something stored isn't what was written.
+    pub fn is_damage(&self) -> bool {
+        matches!(
+            self,
+            Error::Damaged { .. } | Error::DamagedPages { .. } | Error::Newer { .. }
+        )
     }
 
     /// Whether the cause is a full disk, a quota or a file size limit.

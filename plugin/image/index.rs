@@ -1,13 +1,14 @@
-//! The index file: which guest frame is in which slot, and each slot's hash.
+//! The index file of format 1: which guest frame is in which slot, and each slot's
+//! hash. It's only read: [`super::map`] has the one that is written.
 //!
-//! Layout in `plugin/docs/snapshot-format.md`, "index". The index is itself
+//! Layout in `plugin/docs/snapshot-format.md`, "Format 1". The index is itself
 //! covered by a BLAKE3 hash in the manifest, so that the manifest vouches for
 //! the index and the index for every page, which a restore can then check one
 //! by one as it reads them.
 
 use twox_hash::XxHash3_128;
 
-use super::table::{Content, PageTable, PFN_COUNT_MAX};
+use super::table::PFN_COUNT_MAX;
 use crate::stream::{PageType, PAGE_SIZE};
 
 const INDEX_MAGIC: [u8; 8] = *b"xlvneIDX";
@@ -64,61 +65,6 @@ pub(crate) struct Index {
 }
 
 impl Index {
-    /// The index of a finished table. Pages that are still held in memory have
-    /// no place in it: `Err` names the first.
-    pub(crate) fn of(table: &PageTable, hashes: Vec<PageHash>) -> Result<Self, u64> {
-        let mut runs: Vec<Run> = Vec::new();
-        for (pfn, page_type, content) in table.iter() {
-            let content = match content {
-                Content::Nothing => RunContent::Nothing,
-                Content::Zero => RunContent::Zero,
-                Content::Slot(slot) => RunContent::Slots(slot),
-                Content::Held(_) => return Err(pfn),
-            };
-            let run = Run {
-                pfn: pfn as u32, // below PFN_COUNT_MAX
-                count: 1,
-                page_type,
-                content,
-            };
-            match runs.last_mut() {
-                Some(last) if last.goes_on_with(&run) => last.count += 1,
-                _ => runs.push(run),
-            }
-        }
-        Ok(Index { runs, hashes })
-    }
-
-    /// The bytes of the file.
-    pub(crate) fn encode(&self) -> Vec<u8> {
-        let length = HEADER_BYTES + self.runs.len() * RUN_BYTES + self.hashes.len() * HASH_BYTES;
-        let mut bytes = Vec::with_capacity(length);
-        bytes.extend_from_slice(&INDEX_MAGIC);
-        for number in [
-            VERSION,
-            PAGE_SIZE as u32,
-            self.runs.len() as u32,
-            self.hashes.len() as u32,
-            HASH_XXH3_128,
-            0,
-        ] {
-            bytes.extend_from_slice(&number.to_le_bytes());
-        }
-        for run in &self.runs {
-            let (kind, slot) = match run.content {
-                RunContent::Nothing => (0, 0),
-                RunContent::Zero => (1, 0),
-                RunContent::Slots(slot) => (2, slot),
-            };
-            for number in [run.pfn, run.count, slot] {
-                bytes.extend_from_slice(&number.to_le_bytes());
-            }
-            bytes.extend_from_slice(&[run.page_type.bits(), kind, 0, 0]);
-        }
-        bytes.extend(self.hashes.iter().flatten());
-        bytes
-    }
-
     /// Reads and checks the bytes of a file; `Err` says what is wrong.
     pub(crate) fn decode(bytes: &[u8]) -> Result<Self, String> {
         let (header, rest) = bytes
@@ -182,21 +128,6 @@ impl Index {
     }
 }
 
-impl Run {
-    /// Whether `next` can be added to this run. It stands alone.
-    fn goes_on_with(&self, next: &Run) -> bool {
-        let content_goes_on = match (self.content, next.content) {
-            (RunContent::Slots(first), RunContent::Slots(slot)) => {
-                u64::from(first) + u64::from(self.count) == u64::from(slot)
-            }
-            (mine, other) => mine == other,
-        };
-        content_goes_on
-            && self.page_type == next.page_type
-            && u64::from(self.pfn) + u64::from(self.count) == u64::from(next.pfn)
-    }
-}
-
 fn decode_run(bytes: &[u8]) -> Result<Run, String> {
     let (numbers, tail) = bytes.split_at_checked(12).unwrap_or_default();
     let [pfn, count, slot] = words(numbers);
@@ -236,64 +167,84 @@ mod tests {
     use super::*;
 
     fn sample() -> Index {
-        let mut table = PageTable::default();
-        for (pfn, page_type, content) in [
-            (0, PageType::Normal, Content::Slot(0)),
-            (1, PageType::Normal, Content::Slot(1)),
-            (2, PageType::L1, Content::Slot(2)),
-            (3, PageType::L1, Content::Slot(4)),
-            (4, PageType::Normal, Content::Zero),
-            (5, PageType::Normal, Content::Zero),
-            (7, PageType::Normal, Content::Slot(3)),
-            (4096, PageType::Invalid, Content::Nothing),
-            (4097, PageType::Invalid, Content::Nothing),
-        ] {
-            table.set(pfn, page_type, content);
+        let run = |pfn, count, page_type, content| Run {
+            pfn,
+            count,
+            page_type,
+            content,
+        };
+        Index {
+            runs: vec![
+                run(0, 2, PageType::Normal, RunContent::Slots(0)),
+                run(2, 1, PageType::L1, RunContent::Slots(2)),
+                run(3, 1, PageType::L1, RunContent::Slots(4)),
+                run(4, 2, PageType::Normal, RunContent::Zero),
+                run(7, 1, PageType::Normal, RunContent::Slots(3)),
+                run(4096, 2, PageType::Invalid, RunContent::Nothing),
+            ],
+            hashes: vec![[7; 16]; 5],
         }
-        Index::of(&table, vec![[7; 16]; 5]).unwrap()
     }
 
-    /// XXH3-128 of 4096 bytes of 1.
+    /// As version 0.1.0 wrote it.
+    fn encode(index: &Index) -> Vec<u8> {
+        let mut bytes = INDEX_MAGIC.to_vec();
+        for number in [
+            VERSION,
+            PAGE_SIZE as u32,
+            index.runs.len() as u32,
+            index.hashes.len() as u32,
+            HASH_XXH3_128,
+            0,
+        ] {
+            bytes.extend_from_slice(&number.to_le_bytes());
+        }
+        for run in &index.runs {
+            let (kind, slot) = match run.content {
+                RunContent::Nothing => (0, 0),
+                RunContent::Zero => (1, 0),
+                RunContent::Slots(slot) => (2, slot),
+            };
+            for number in [run.pfn, run.count, slot] {
+                bytes.extend_from_slice(&number.to_le_bytes());
+            }
+            bytes.extend_from_slice(&[run.page_type.bits(), kind, 0, 0]);
+        }
+        bytes.extend(index.hashes.iter().flatten());
+        bytes
+    }
+
+    /// XXH3-128 of 4096 bytes of 1, computed with another implementation
+    /// (Python's xxhash).
     const PAGE_OF_ONES: PageHash = [
         0xd8, 0xfc, 0x4d, 0x31, 0xa9, 0xd8, 0xd4, 0x40, 0x55, 0x6a, 0x64, 0x9e, 0xc7, 0x3d, 0x6d,
         0x78,
     ];
 
     #[test]
-    fn what_is_encoded_comes_back() {
-        let index = sample();
-        assert_eq!(index.runs.len(), 6);
-        assert_eq!(Index::decode(&index.encode()).unwrap(), index);
-    }
-
-    #[test]
-    fn the_layout_is_the_documented_one() {
-        let mut table = PageTable::default();
-        table.set(0x0102_0304, PageType::L4Pinned, Content::Slot(0));
-        table.set(0x0102_0305, PageType::Normal, Content::Zero);
-        table.set(0x0102_0306, PageType::Invalid, Content::Nothing);
-        let index = Index::of(&table, vec![hash_page(&[1; PAGE_SIZE])]).unwrap();
-        let expected = [
+    fn the_documented_layout_is_read() {
+        let bytes = [
             &b"xlvneIDX\x01\0\0\0\0\x10\0\0\x03\0\0\0\x01\0\0\0\x01\0\0\0\0\0\0\0"[..],
             b"\x04\x03\x02\x01\x01\0\0\0\0\0\0\0\x0c\x02\0\0",
             b"\x05\x03\x02\x01\x01\0\0\0\0\0\0\0\x00\x01\0\0",
             b"\x06\x03\x02\x01\x01\0\0\0\0\0\0\0\x0f\x00\0\0",
-            // Computed with another implementation (Python's xxhash).
             &PAGE_OF_ONES,
         ];
-        assert_eq!(index.encode(), expected.concat());
-    }
-
-    #[test]
-    fn a_page_left_in_memory_is_not_forgotten() {
-        let mut table = PageTable::default();
-        table.set(3, PageType::Normal, Content::Held(0));
-        assert_eq!(Index::of(&table, vec![]), Err(3));
+        let index = Index::decode(&bytes.concat()).unwrap();
+        assert_eq!(index.hashes, [hash_page(&[1; PAGE_SIZE])]);
+        let types: Vec<_> = index.runs.iter().map(|run| run.page_type).collect();
+        assert_eq!(
+            types,
+            [PageType::L4Pinned, PageType::Normal, PageType::Invalid]
+        );
+        assert_eq!(index.runs[0].content, RunContent::Slots(0));
+        assert_eq!(encode(&index), bytes.concat());
+        assert_eq!(Index::decode(&encode(&sample())), Ok(sample()));
     }
 
     #[test]
     fn no_mutilated_index_is_a_panic_and_none_claims_more_than_it_has() {
-        let good = sample().encode();
+        let good = encode(&sample());
         for length in 0..good.len() {
             assert!(Index::decode(&good[..length]).is_err());
         }
@@ -313,7 +264,7 @@ mod tests {
         let with = |change: fn(&mut Index)| {
             let mut index = sample();
             change(&mut index);
-            Index::decode(&index.encode())
+            Index::decode(&encode(&index))
         };
         assert!(with(|_| ()).is_ok());
         assert!(with(|index| index.runs[1].pfn = 1).is_err());

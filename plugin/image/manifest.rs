@@ -8,13 +8,18 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::error::Error;
+use super::map::{PageMap, Where};
 use super::name::{Name, SnapshotId};
+use super::pack::PackId;
 use super::timeline::Timeline;
 use super::Result;
 
-/// The version of the snapshot format that this program writes, and the only
-/// one so far.
-pub const FORMAT: u32 = 1;
+/// The version of the snapshot format that this program writes.
+pub const FORMAT: u32 = 2;
+
+/// The oldest version that it reads. Format 1 had each member's pages in a file of
+/// the snapshot's own.
+pub const FORMAT_MIN: u32 = 1;
 
 /// The manifest's file name.
 pub const MANIFEST_NAME: &str = "manifest.json";
@@ -26,7 +31,7 @@ pub const MANIFEST_BYTES_MAX: u64 = 16 << 20;
 /// A snapshot's description.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {
-    /// Version of the snapshot format: [`FORMAT`].
+    /// Version of the snapshot format: [`FORMAT_MIN`] to [`FORMAT`].
     pub format: u32,
     /// The VNE.
     pub vne: Name,
@@ -177,6 +182,9 @@ pub struct MemberImage {
     pub stats: MemberStats,
     /// The member's files.
     pub files: Vec<FileFacts>,
+    /// The packs that have its pages.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub packs: Vec<PackId>,
 }
 
 /// Counts of one member's ingest.
@@ -188,7 +196,7 @@ pub struct MemberStats {
     pub pages_final: u64,
     /// Guest frames that were named at least once.
     pub pages_unique: u64,
-    /// Of these, those with contents other than zero, each in a slot.
+    /// Of these, those with contents other than zero.
     pub pages_stored: u64,
     /// Of these, those that are all zero.
     pub pages_zero: u64,
@@ -202,6 +210,27 @@ pub struct MemberStats {
     /// Pages that differed when the sender sent them again for verification.
     /// Pages that other domains write to (console, xenstore, network rings) may.
     pub pages_verify_differed: u64,
+    /// Pages that the store didn't have.
+    #[serde(default)]
+    pub pages_new: u64,
+    /// Bytes of the pack that was made for them.
+    #[serde(default)]
+    pub bytes_new: u64,
+}
+
+impl MemberStats {
+    /// Counts a map's frames.
+    pub(super) fn count(&mut self, map: &PageMap) {
+        for run in &map.runs {
+            let count = u64::from(run.count);
+            self.pages_unique += count;
+            match run.content {
+                Where::Nothing => {}
+                Where::Zero => self.pages_zero += count,
+                Where::Pack { .. } => self.pages_stored += count,
+            }
+        }
+    }
 }
 
 /// One file of a member.
@@ -211,8 +240,8 @@ pub struct FileFacts {
     pub name: String,
     /// Its length in bytes.
     pub length: u64,
-    /// BLAKE3 of its contents, in hex. None for `pages`, each slot of which has
-    /// a hash in `index`.
+    /// BLAKE3 of its contents, in hex. None for format 1's `pages`, each slot of
+    /// which has a hash in `index`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub blake3: Option<String>,
 }
@@ -269,7 +298,7 @@ impl Manifest {
         check_checksum(text).ok_or_else(|| Error::damaged(path, "its checksum is wrong"))?;
         let not_json = |e: serde_json::Error| Error::damaged(path, e.to_string());
         let Format { format } = serde_json::from_str(text).map_err(not_json)?;
-        if format != FORMAT {
+        if !(FORMAT_MIN..=FORMAT).contains(&format) {
             let path = path.to_owned();
             return Err(Error::Newer { path, format });
         }
@@ -347,6 +376,7 @@ pub(crate) mod tests {
             image: MemberImage {
                 stats: MemberStats::default(),
                 files: Vec::new(),
+                packs: Vec::new(),
             },
         }
     }
@@ -356,10 +386,10 @@ pub(crate) mod tests {
         let bytes = sample().encode().unwrap();
         assert_eq!(Manifest::decode(&bytes, Path::new("m")).unwrap(), sample());
         let json: serde_json::Value = serde_json::from_slice(&bytes).unwrap();
-        assert_eq!(json["format"], 1);
+        assert_eq!(json["format"], 2);
         assert_eq!(json["members"][0]["type"], "pvh");
         assert_eq!(json["checksum"].as_str().unwrap().len(), 64);
-        assert!(bytes.starts_with(b"{\n  \"format\": 1,\n  \"vne\": \"lab\""));
+        assert!(bytes.starts_with(b"{\n  \"format\": 2,\n  \"vne\": \"lab\""));
     }
 
     #[test]
@@ -390,13 +420,13 @@ pub(crate) mod tests {
     #[test]
     fn a_later_format_is_named_and_not_called_damaged() {
         let mut later = sample();
-        later.format = 2;
+        later.format = 3;
         assert!(later.encode().is_err());
-        let text = "{\n  \"format\": 2,\n  \"packs\": []";
+        let text = "{\n  \"format\": 3,\n  \"vats\": []";
         let checksum = blake3::hash(text.as_bytes()).to_hex();
         let file = format!("{text}{CHECKSUM_FIELD}{checksum}{CHECKSUM_END}");
         let error = Manifest::decode(file.as_bytes(), Path::new("m")).unwrap_err();
-        assert!(matches!(error, Error::Newer { format: 2, .. }), "{error}");
+        assert!(matches!(error, Error::Newer { format: 3, .. }), "{error}");
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! The image store: snapshots on disk, version 1.
+//! The image store: snapshots on disk.
 //!
 //! ```text
 //! ROOT/                              0700, default /var/lib/xen-vne
@@ -7,8 +7,8 @@
 //!     members/NAME/
 //!       config.json                  the domain's configuration (libxl JSON)
 //!       records                      everything of the stream that isn't pages
-//!       index                        which page is where, and each one's hash
-//!       pages                        4 KiB slots
+//!       index                        which page is where in which pack
+//!   packs/ID                         pages, compressed, each one once
 //!   tmp/take.VNE.ID/                 a snapshot being taken
 //!   tmp/removed.VNE.ID.N/            one being deleted
 //! ```
@@ -24,32 +24,56 @@
 //! [`Catalogue`] for a [`Snapshot`] and each member's [`MemberReader`] for a
 //! stream.
 //!
+//! # The way of a page
+//!
+//! ```text
+//!            first version                  hash │ known? │ compress
+//!  stream ─► writer ──────────────────────► packer ──────────────────► pack
+//!              │ later ones: slots on disk ─┐ ▲
+//!              │ guest suspended: memory ───┴─┘ when it runs again
+//! ```
+//!
+//! What the store has already is found by its hash ([`known`]); a member's new
+//! pages become one pack, published when its stream is over ([`publish`]). A
+//! pack's pages keep their numbers; what no snapshot uses any more goes with
+//! [`sweep`], by removing the pack or writing it anew without them.
+//!
 //! # Locks
 //!
-//! All are `flock`s on directories, so that the kernel drops them with their
-//! owner. A directory under `tmp/` is locked shared by everybody who works in
-//! it, and removed only by who gets the exclusive lock. The same holds for a
-//! committed snapshot and its readers. `tmp/` itself is locked while an entry
-//! is made or looked at, so that none is seen between its `mkdir` and its lock.
-//!
-//! # Later
-//!
-//! Pages will move to compressed packs shared by all snapshots. What the rest
-//! of the program sees stays: a [`crate::stream::Sink`] to write into, a
-//! `replay` into a sink to read, the catalogue, the manifest. Format 1 stays
-//! readable.
+//! All are `flock`s, so that the kernel drops them with their owner. A directory
+//! under `tmp/` is locked shared by everybody who works in it, and removed only
+//! by who gets the exclusive lock. The same holds for a committed snapshot and its
+//! readers, and for a pack and those who are about to refer to it ([`packs`]).
+//! `tmp/` itself is locked while an entry is made or looked at, so that none is
+//! seen between its `mkdir` and its lock.
 
+mod bits;
 mod catalogue;
+mod check;
+mod codec;
+mod diff;
 mod error;
 mod files;
 mod held;
 mod index;
+mod known;
 mod manifest;
+mod map;
 mod name;
+mod pack;
+mod packer;
+mod packs;
+mod prune;
+mod publish;
 mod reader;
 mod records;
+mod replay;
+mod rewrite;
+mod sizes;
 mod slots;
+mod slotted;
 mod store;
+mod sweep;
 mod table;
 mod timeline;
 mod writer;
@@ -57,15 +81,21 @@ mod writer;
 #[cfg(test)]
 mod tests;
 
-pub use catalogue::{Catalogue, Damaged, Listing, Snapshot};
+pub use catalogue::{Catalogue, Damaged, Listing, Names, Snapshot};
+pub use check::{Checker, Progress};
+pub use diff::{diff, MemberDiff};
 pub use error::Error;
 pub use manifest::{
     Cut, DomainType, Downtime, FileFacts, Manifest, Member, MemberImage, MemberStats, Recorded,
-    FORMAT, MANIFEST_BYTES_MAX, MANIFEST_NAME,
+    FORMAT, FORMAT_MIN, MANIFEST_BYTES_MAX, MANIFEST_NAME,
 };
 pub use name::{Name, SnapshotId, StoreId, NAME_BYTES_MAX};
+pub use pack::PackId;
+pub use prune::Rule;
 pub use reader::{MemberReader, ReplayError};
+pub use sizes::Sizes;
 pub use store::{free_bytes, Cleaned, Store, Take, DEFAULT_ROOT};
+pub use sweep::Swept;
 pub use table::PFN_COUNT_MAX;
 pub use timeline::{few as few_rounds, Timeline, TimelineRound, ROUNDS_MAX};
 pub use writer::{MemberHandle, MemberWriter, WriterOptions, RECORDS_BYTES_MAX};

@@ -148,6 +148,25 @@ impl SnapshotId {
         )
     }
 
+    /// When it was begun: seconds since 1970, UTC, as the stamp says it.
+    pub fn seconds(&self) -> u64 {
+        let days: u64 = (1970..self.number(0, 4)).map(days_of_year).sum();
+        let months = 1..self.number(4, 6).min(12);
+        let days_before = months.map(|month| days_of_month(self.number(0, 4), month));
+        let days = days + days_before.sum::<u64>() + self.number(6, 8).saturating_sub(1);
+        days * 86_400 + self.number(9, 11) * 3600 + self.number(11, 13) * 60 + self.number(13, 15)
+    }
+
+    /// Its month, counted so that a later one is larger.
+    pub(crate) fn month(&self) -> u64 {
+        self.number(0, 6)
+    }
+
+    fn number(&self, from: usize, to: usize) -> u64 {
+        let digits = self.stamp.get(from..to).unwrap_or_default();
+        digits.parse().unwrap_or(0) // they are digits
+    }
+
     /// The name of the `nth` (from 1) snapshot made at `time`.
     pub(crate) fn at(time: SystemTime, nth: u32) -> Self {
         let c = Civil::of(time);
@@ -326,6 +345,7 @@ mod tests {
         for (seconds, text) in cases {
             let time = UNIX_EPOCH + Duration::from_secs(seconds);
             assert_eq!(SnapshotId::at(time, 2).created(), text);
+            assert_eq!(SnapshotId::at(time, 2).seconds(), seconds.min(LAST_SECOND));
         }
     }
 

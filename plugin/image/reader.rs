@@ -1,63 +1,71 @@
 //! Gets a member out of the store again.
 
-use std::fs::File;
-use std::io::{ErrorKind, Write};
-use std::os::unix::fs::FileExt;
+use std::collections::BTreeMap;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use super::error::Error;
 use super::files;
-use super::index::{hash_page, Index, PageHash, RunContent};
 use super::manifest::{FileFacts, Member};
+use super::map::PageMap;
 use super::name::Name;
+use super::pack::Hash;
+use super::packs::Packs;
 use super::records::Records;
-use super::slots::offset;
+use super::replay::PackedPages;
+use super::slotted::SlottedPages;
 use super::store::{self, CONFIG_NAME, INDEX_NAME, PAGES_NAME, RECORDS_NAME};
 use super::Result;
-use crate::stream::{self, Page, PageType, Place, SaveHeader, Sink, Writer, PAGE_SIZE};
-
-/// Pages read with one system call: 1 MiB.
-const READ_PAGES: usize = 256;
+use crate::stream::{self, Page, PageType, Place, SaveHeader, Sink, Writer};
 
 /// A member of a committed snapshot.
 ///
 /// Opening checks the configuration, the records and the index against the
-/// manifest's hashes; each page is checked against the index as it is read. So
-/// nothing that isn't what was written ever leaves this type.
+/// manifest's hashes, and the packs' tables against the index; each page is
+/// checked as it is read. So nothing that isn't what was written ever leaves this
+/// type.
 #[derive(Debug)]
 pub struct MemberReader {
     name: Name,
     config_json: String,
     records: Records,
-    index: Index,
-    pages: File,
-    pages_path: PathBuf,
+    pages: Pages,
+}
+
+#[derive(Debug)]
+enum Pages {
+    /// Format 1.
+    Slotted(SlottedPages),
+    Packed(PackedPages),
 }
 
 impl MemberReader {
-    pub(super) fn open(snapshot: &Path, member: &Member) -> Result<Self> {
-        let dir = store::member_dir(snapshot, &member.name);
-        let read = |name: &str| -> Result<(PathBuf, Vec<u8>)> {
-            let path = dir.join(name);
-            let bytes = files::read_checked(&path, facts(member, name, &path)?)?;
-            Ok((path, bytes))
-        };
-        let (path, bytes) = read(CONFIG_NAME)?;
+    pub(super) fn open(
+        snapshot: &Path,
+        packs: &Packs,
+        member: &Member,
+        format: u32,
+    ) -> Result<Self> {
+        let (path, bytes) = read(snapshot, member, CONFIG_NAME)?;
         let config_json =
             String::from_utf8(bytes).map_err(|_| Error::damaged(&path, "it is no text"))?;
-        let (path, bytes) = read(RECORDS_NAME)?;
+        let (path, bytes) = read(snapshot, member, RECORDS_NAME)?;
         let records = Records::decode(&bytes).map_err(|e| Error::damaged(&path, e))?;
-        let (path, bytes) = read(INDEX_NAME)?;
-        let index = Index::decode(&bytes).map_err(|e| Error::damaged(&path, e))?;
-        let pages_path = dir.join(PAGES_NAME);
-        let pages = open_pages(&pages_path, facts(member, PAGES_NAME, &pages_path)?, &index)?;
+        let pages = if format == 1 {
+            let (path, bytes) = read(snapshot, member, INDEX_NAME)?;
+            let pages_path = store::member_dir(snapshot, &member.name).join(PAGES_NAME);
+            let facts = facts(member, PAGES_NAME, &pages_path)?;
+            let pages = SlottedPages::open((&path, &bytes), &pages_path, facts, &member.name)?;
+            Pages::Slotted(pages)
+        } else {
+            let map = read_map(snapshot, member)?;
+            Pages::Packed(PackedPages::open(map, packs, &member.name)?)
+        };
         Ok(MemberReader {
             name: member.name.clone(),
             config_json,
             records,
-            index,
             pages,
-            pages_path,
         })
     }
 
@@ -148,66 +156,22 @@ impl MemberReader {
         Ok(())
     }
 
-    fn for_each_page<E: std::error::Error + 'static>(
+    pub(super) fn for_each_page<E: std::error::Error + 'static>(
         &self,
-        mut page: impl FnMut(u64, PageType, Option<&Page>) -> std::result::Result<(), E>,
+        page: impl FnMut(u64, PageType, Option<&Page>) -> std::result::Result<(), E>,
     ) -> std::result::Result<(), ReplayError<E>> {
-        let mut buffer = vec![0; READ_PAGES * PAGE_SIZE];
-        for run in &self.index.runs {
-            let pfns = u64::from(run.pfn)..u64::from(run.pfn) + u64::from(run.count);
-            let RunContent::Slots(slot) = run.content else {
-                let data = (run.content == RunContent::Zero).then_some(&ZERO);
-                for pfn in pfns {
-                    page(pfn, run.page_type, data)?;
-                }
-                continue;
-            };
-            let slot = slot as usize;
-            for done in (0..run.count as usize).step_by(READ_PAGES) {
-                let count = READ_PAGES.min(run.count as usize - done);
-                let bytes = buffer.get_mut(..count * PAGE_SIZE).unwrap_or_default();
-                let first = pfns.start + done as u64;
-                self.read_pages(first, slot + done, bytes)
-                    .map_err(ReplayError::Store)?;
-                for (pfn, data) in (first..).zip(bytes.chunks_exact(PAGE_SIZE)) {
-                    page(pfn, run.page_type, data.first_chunk())?;
-                }
-            }
+        match &self.pages {
+            Pages::Slotted(pages) => pages.for_each(page),
+            Pages::Packed(pages) => pages.for_each(page),
         }
-        Ok(())
     }
 
-    /// Fills `bytes` with the pages from `slot` on, which are those of the
-    /// frames from `pfn` on, and checks them.
-    fn read_pages(&self, pfn: u64, slot: usize, bytes: &mut [u8]) -> Result<()> {
-        let count = (bytes.len() / PAGE_SIZE) as u64;
-        let damaged = |first_pfn, last_pfn, problem: &str| Error::DamagedPages {
-            member: self.name.clone(),
-            path: self.pages_path.clone(),
-            first_pfn,
-            last_pfn,
-            problem: problem.to_owned(),
-        };
-        match self.pages.read_exact_at(bytes, offset(slot)) {
-            Err(error) if error.kind() == ErrorKind::UnexpectedEof => {
-                return Err(damaged(pfn, pfn + count - 1, "the file ends before"));
-            }
-            // A disk that can't read its own sector says EIO: name the pages.
-            Err(error) if error.raw_os_error() == Some(rustix::io::Errno::IO.raw_os_error()) => {
-                return Err(damaged(pfn, pfn + count - 1, "the disk cannot read it"));
-            }
-            result => result.map_err(Error::io("read", &self.pages_path))?,
+    /// What is known of each frame without reading it.
+    pub(super) fn known_contents(&self) -> Option<BTreeMap<u64, (u8, Option<Hash>)>> {
+        match &self.pages {
+            Pages::Slotted(_) => None,
+            Pages::Packed(pages) => Some(pages.contents()),
         }
-        let hashes = self.index.hashes.get(slot..).unwrap_or_default();
-        let is_bad = |(page, hash): (&[u8], &PageHash)| hash_page(page) != *hash;
-        let mut checks = bytes.chunks_exact(PAGE_SIZE).zip(hashes).map(is_bad);
-        let Some(good) = checks.position(|bad| bad) else {
-            return Ok(());
-        };
-        let more = checks.take_while(|&bad| bad).count();
-        let first = pfn + good as u64;
-        let problem = "its contents are not what was written";
-        Err(damaged(first, first + more as u64, problem))
     }
 
     fn stream_error(&self, source: stream::Error) -> Error {
@@ -217,8 +181,6 @@ impl MemberReader {
         }
     }
 }
-
-const ZERO: Page = [0; PAGE_SIZE];
 
 /// Why [`MemberReader::replay`] stopped.
 #[derive(Debug, thiserror::Error)]
@@ -231,19 +193,34 @@ pub enum ReplayError<E: std::error::Error + 'static> {
     Sink(#[from] E),
 }
 
+/// A member's file, compared with its hash.
+fn read(snapshot: &Path, member: &Member, name: &str) -> Result<(PathBuf, Vec<u8>)> {
+    let path = store::member_dir(snapshot, &member.name).join(name);
+    let bytes = files::read_checked(&path, facts(member, name, &path)?)?;
+    Ok((path, bytes))
+}
+
+/// Compares a member's files with their hashes, but for the index.
+pub(super) fn check_files(snapshot: &Path, member: &Member) -> Result<()> {
+    read(snapshot, member, CONFIG_NAME)?;
+    let (path, bytes) = read(snapshot, member, RECORDS_NAME)?;
+    let records = Records::decode(&bytes);
+    records.map(drop).map_err(|e| Error::damaged(&path, e))
+}
+
+/// A member's index, of format 2.
+pub(super) fn read_map(snapshot: &Path, member: &Member) -> Result<PageMap> {
+    let (path, bytes) = read(snapshot, member, INDEX_NAME)?;
+    let map = PageMap::decode(&bytes).map_err(|e| Error::damaged(&path, e))?;
+    let names = map.packs.iter().map(|(id, _)| id);
+    if !names.eq(&member.image.packs) {
+        let problem = "it names other packs than the manifest";
+        return Err(Error::damaged(&path, problem));
+    }
+    Ok(map)
+}
+
 fn facts<'a>(member: &'a Member, name: &str, path: &Path) -> Result<&'a FileFacts> {
     let facts = member.image.files.iter().find(|file| file.name == name);
     facts.ok_or_else(|| Error::damaged(path, "the manifest doesn't name it"))
-}
-
-/// Opens the `pages` file, which must be as long as manifest and index say.
-fn open_pages(path: &Path, facts: &FileFacts, index: &Index) -> Result<File> {
-    let file = File::open(path).map_err(Error::io("open", path))?;
-    let found = file.metadata().map_err(Error::io("look at", path))?;
-    let expected = offset(index.hashes.len());
-    if found.len() != expected || facts.length != expected {
-        let problem = format!("it has {} bytes instead of {expected}", found.len());
-        return Err(Error::damaged(path, problem));
-    }
-    Ok(file)
 }

@@ -1,11 +1,11 @@
-//! The `pages` file while it is written: slots of one page each.
+//! Pages that are staged on disk until their guest runs again: slots of one page
+//! each.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use super::error::Error;
-use super::files;
 use super::index::{hash_page, PageHash};
 use super::Result;
 use crate::stream::{Page, PAGE_SIZE};
@@ -29,9 +29,9 @@ pub(crate) struct SlotFile {
 }
 
 impl SlotFile {
-    /// A new, empty file.
-    pub(crate) fn create(path: &Path) -> Result<Self> {
-        Ok(Self::over(files::create_file(path)?, path))
+    #[cfg(test)]
+    fn create(path: &Path) -> Result<Self> {
+        Ok(Self::over(super::files::create_file(path)?, path))
     }
 
     /// Slots in `file`, which is empty; `path` is for errors.
@@ -105,44 +105,26 @@ impl SlotFile {
         result.map_err(Error::io("write", &self.path))
     }
 
-    /// Prepares to drop all unused slots: which used ones, beyond the length
-    /// that will remain, move into which unused ones. `moved` is told, as (from,
-    /// to), and answers by noting it.
-    pub(crate) fn compact(&mut self, used: &[u32], mut moved: impl FnMut(u32, u32)) -> Result<()> {
-        self.flush()?;
-        let remaining = self.hashes.len().saturating_sub(self.free.len());
-        let mut holes = std::mem::take(&mut self.free);
-        holes.retain(|&slot| (slot as usize) < remaining);
-        for &from in used.iter().filter(|&&slot| slot as usize >= remaining) {
-            let Some(to) = holes.pop() else {
-                let problem = "the count of its free slots is wrong";
-                return Err(Error::damaged(&self.path, problem));
-            };
-            let mut page = [0; PAGE_SIZE];
-            self.file
-                .read_exact_at(&mut page, offset(from as usize))
-                .map_err(Error::io("read", &self.path))?;
-            if !self.holds(from, &page) {
-                let problem = format!("slot {from} did not keep what was written");
-                return Err(Error::damaged(&self.path, problem));
-            }
-            self.write(to, &page)?;
-            moved(from, to);
-        }
-        self.flush()?;
-        self.hashes.truncate(remaining);
+    /// What a slot was given.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Damaged`] if the disk doesn't keep it, [`Error::Io`].
+    pub(crate) fn read(&self, slot: u32) -> Result<Page> {
+        let mut page = [0; PAGE_SIZE];
         self.file
-            .set_len(offset(remaining))
-            .map_err(Error::io("shorten", &self.path))
+            .read_exact_at(&mut page, offset(slot as usize))
+            .map_err(Error::io("read", &self.path))?;
+        if self.holds(slot, &page) {
+            return Ok(page);
+        }
+        let problem = format!("slot {slot} did not keep what was written");
+        Err(Error::damaged(&self.path, problem))
     }
 
-    /// Makes the file last; returns its length in bytes and the slots' hashes.
-    pub(crate) fn finish(mut self) -> Result<(u64, Vec<PageHash>)> {
-        self.flush()?;
-        self.file
-            .sync_all()
-            .map_err(Error::io("sync", &self.path))?;
-        Ok((offset(self.hashes.len()), self.hashes))
+    /// Removes the file.
+    pub(crate) fn remove(self) -> Result<()> {
+        std::fs::remove_file(&self.path).map_err(Error::io("remove", &self.path))
     }
 }
 
@@ -168,8 +150,7 @@ mod tests {
     #[test]
     fn a_page_written_twice_while_staged_keeps_its_last_version() {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("pages");
-        let mut slots = SlotFile::create(&path).unwrap();
+        let mut slots = SlotFile::create(&dir.path().join("staged")).unwrap();
         for fill in 0..4 {
             let slot = slots.allocate().unwrap();
             slots.write(slot, &page(fill)).unwrap();
@@ -177,17 +158,16 @@ mod tests {
         slots.write(1, &page(11)).unwrap();
         slots.write(3, &page(13)).unwrap();
         slots.write(0, &page(10)).unwrap();
-        let (length, hashes) = slots.finish().unwrap();
-        assert_eq!(length, 4 * PAGE_SIZE as u64);
-        assert_eq!(bytes_of(&path), [10, 11, 2, 13]);
-        assert_eq!(hashes[2], hash_page(&page(2)));
-        assert_eq!(hashes[3], hash_page(&page(13)));
+        slots.flush().unwrap();
+        for (slot, fill) in [(0, 10), (1, 11), (2, 2), (3, 13)] {
+            assert!(slots.read(slot).unwrap() == page(fill));
+        }
     }
 
     #[test]
     fn stages_of_any_order_and_size_reach_the_file() {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("pages");
+        let path = dir.path().join("staged");
         let mut slots = SlotFile::create(&path).unwrap();
         let count = 2 * STAGE_PAGES + 3;
         for _ in 0..count {
@@ -199,37 +179,23 @@ mod tests {
         for slot in 0..count {
             slots.write(slot as u32, &page((slot % 251) as u8)).unwrap();
         }
-        slots.finish().unwrap();
+        slots.flush().unwrap();
         let expected: Vec<u8> = (0..count).map(|slot| (slot % 251) as u8).collect();
         assert_eq!(bytes_of(&path), expected);
+        slots.remove().unwrap();
+        assert!(!path.exists());
     }
 
     #[test]
-    fn unused_slots_leave_no_bytes_in_the_file() {
+    fn what_the_disk_has_not_kept_is_noticed() {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("pages");
+        let path = dir.path().join("staged");
         let mut slots = SlotFile::create(&path).unwrap();
-        for fill in 0..8 {
-            let slot = slots.allocate().unwrap();
-            slots.write(slot, &page(fill)).unwrap();
-        }
-        for slot in [7, 1, 4, 2] {
-            slots.release(slot);
-        }
-        let mut moves = Vec::new();
-        slots
-            .compact(&[0, 3, 5, 6], |from, to| moves.push((from, to)))
-            .unwrap();
-        let (length, hashes) = slots.finish().unwrap();
-        assert_eq!(length, 4 * PAGE_SIZE as u64);
-        assert_eq!(moves.len(), 2);
-        let stored = bytes_of(&path);
-        assert_eq!((stored[0], stored[3]), (0, 3));
-        for (from, to) in moves {
-            assert!(from >= 4 && to < 4);
-            assert_eq!(stored[to as usize], from as u8);
-            assert_eq!(hashes[to as usize], hash_page(&page(from as u8)));
-        }
+        let slot = slots.allocate().unwrap();
+        slots.write(slot, &page(1)).unwrap();
+        slots.flush().unwrap();
+        std::fs::write(&path, page(2)).unwrap();
+        assert!(matches!(slots.read(slot), Err(Error::Damaged { .. })));
     }
 
     #[test]

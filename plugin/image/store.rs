@@ -14,7 +14,11 @@ use super::manifest::{
     Cut, FileFacts, Manifest, Member, FORMAT, MANIFEST_BYTES_MAX, MANIFEST_NAME,
 };
 use super::name::{Name, SnapshotId, StoreId};
+use super::pack::Pack;
+use super::packs::Packs;
+use super::sweep::{self, Effort};
 use super::Result;
+use crate::sentence::sentence;
 use crate::stream::CONFIG_BYTES_MAX;
 
 /// Where snapshots are kept unless the admin says otherwise.
@@ -23,24 +27,29 @@ pub const DEFAULT_ROOT: &str = "/var/lib/xen-vne";
 pub(crate) const CONFIG_NAME: &str = "config.json";
 pub(crate) const RECORDS_NAME: &str = "records";
 pub(crate) const INDEX_NAME: &str = "index";
+/// In format 1.
 pub(crate) const PAGES_NAME: &str = "pages";
 /// What a member had sent and nobody had seen.
 pub(crate) const FRAMES_NAME: &str = "frames.pcapng";
 /// It's read in one piece.
 pub(crate) const FRAMES_BYTES_MAX: u64 = 1 << 30;
-const MEMBERS_NAME: &str = "members";
+/// The pack in the making.
+pub(super) const PACK_NAME: &str = "pack";
+/// The same without what turned out to be of no use.
+pub(super) const SQUEEZED_NAME: &str = "pack.new";
+pub(super) const MEMBERS_NAME: &str = "members";
 const TMP_NAME: &str = "tmp";
 const SNAPSHOTS_NAME: &str = "snapshots";
 /// Tells this store from all others.
 const ID_NAME: &str = "id";
 const ID_BYTES_MAX: u64 = 64;
 /// Snapshots in the making.
-const TAKE_PREFIX: &str = "take.";
+pub(super) const TAKE_PREFIX: &str = "take.";
 /// Snapshots being deleted.
 const REMOVED_PREFIX: &str = "removed.";
 
 /// Says that a part waits for the outcome.
-const VOTE_NAME: &str = "vote.json";
+pub(super) const VOTE_NAME: &str = "vote.json";
 /// A vote says of each member what the manifest will.
 const VOTE_BYTES_MAX: u64 = MANIFEST_BYTES_MAX;
 
@@ -50,6 +59,12 @@ const SAME_SECOND_MAX: u32 = 1000;
 /// A member's directory in that of a snapshot.
 pub(crate) fn member_dir(snapshot: &Path, name: &Name) -> PathBuf {
     snapshot.join(MEMBERS_NAME).join(name.as_str())
+}
+
+/// The store that a take's directory is in.
+pub(crate) fn root_of_take(take_dir: &Path) -> &Path {
+    let root = take_dir.parent().and_then(Path::parent);
+    root.unwrap_or(take_dir)
 }
 
 /// Checks a domain's configuration; `Err` says what is wrong with it.
@@ -133,6 +148,7 @@ impl Store {
         for name in [TMP_NAME, SNAPSHOTS_NAME] {
             files::ensure_dir(&self.root.join(name))?;
         }
+        self.packs().make()?;
         match self.id() {
             Err(error) if is_not_found(&error) => self.name_it(),
             found => found,
@@ -344,9 +360,14 @@ impl Store {
     /// [`Error::Io`].
     pub fn clean_tmp(&self) -> Result<Cleaned> {
         let mut cleaned = Cleaned::default();
-        for (path, _lock) in self.lock_garbage(&mut cleaned)? {
-            remove_tree(&path)?;
-            cleaned.removed += 1;
+        let garbage = self.lock_garbage(&mut cleaned)?;
+        let dirs: Vec<PathBuf> = garbage.iter().map(|(path, _)| path.clone()).collect();
+        self.remove_garbage(&dirs, Effort::Quick)?;
+        for dir in dirs {
+            match dir.exists() {
+                true => cleaned.live += 1,
+                false => cleaned.removed += 1,
+            }
         }
         Ok(cleaned)
     }
@@ -383,6 +404,10 @@ impl Store {
         Ok(garbage)
     }
 
+    pub(super) fn packs(&self) -> Packs {
+        Packs::of(&self.root)
+    }
+
     pub(super) fn snapshots(&self) -> PathBuf {
         self.root.join(SNAPSHOTS_NAME)
     }
@@ -395,7 +420,7 @@ impl Store {
         self.vne_dir(vne).join(id.to_string())
     }
 
-    fn tmp(&self) -> PathBuf {
+    pub(super) fn tmp(&self) -> PathBuf {
         self.root.join(TMP_NAME)
     }
 
@@ -413,8 +438,39 @@ impl Store {
         rename_dir(&from, &to)?;
         files::sync_dir(&self.vne_dir(vne))?;
         files::sync_dir(&self.tmp())?;
-        remove_tree(&to)
+        self.remove_garbage(&[to], Effort::Thorough)
     }
+
+    /// Removes directories that the caller has locked, and before them the packs
+    /// that nobody uses then: for as long as a directory is there, the next one to
+    /// clean up knows that there may be such packs.
+    fn remove_garbage(&self, dirs: &[PathBuf], effort: Effort) -> Result<()> {
+        if dirs.iter().any(|dir| has_packs(dir)) {
+            match sweep::sweep(self, dirs, effort) {
+                Ok(Some(_)) => {}
+                // Somebody else is at it, and may have looked already.
+                Ok(None) => return Ok(()),
+                // What can't be told apart stays. The rest needn't.
+                Err(error) => log::warn!("packs stay: {}", sentence(&error)),
+            }
+        }
+        dirs.iter().try_for_each(|dir| remove_tree(dir))
+    }
+}
+
+/// Whether a pack may have been published for a snapshot's directory. A member's
+/// file is there until then.
+fn has_packs(dir: &Path) -> bool {
+    let Ok(members) = std::fs::read_dir(dir.join(MEMBERS_NAME)) else {
+        return false;
+    };
+    let in_the_making = |member: &Path| {
+        let names = [PACK_NAME, SQUEEZED_NAME];
+        names.iter().any(|name| member.join(name).exists())
+    };
+    members
+        .flatten()
+        .any(|member| !in_the_making(&member.path()))
 }
 
 fn check_root(root: &Path) -> Result<()> {
@@ -537,7 +593,12 @@ impl Take {
             }
             _ => {}
         }
-        remove_tree(&self.dir)
+        self.remove()
+    }
+
+    fn remove(&self) -> Result<()> {
+        self.store
+            .remove_garbage(std::slice::from_ref(&self.dir), Effort::Quick)
     }
 
     /// Makes the snapshot exist: checks that all members' files are there,
@@ -583,7 +644,7 @@ impl Take {
         if names.windows(2).any(|pair| pair.first() == pair.last()) {
             return Err(wrong("it has the same member twice".to_owned()));
         }
-        check_files(&self.dir, manifest)
+        check_files(&self.dir, manifest, &self.store.packs())
     }
 }
 
@@ -591,21 +652,29 @@ impl Drop for Take {
     fn drop(&mut self) {
         if !self.stays {
             // What can't be removed now, clean_tmp will find.
-            let _ = remove_tree(&self.dir);
+            let _ = self.remove();
         }
     }
 }
 
-/// Whether all files that the manifest names are there, at their lengths.
-pub(super) fn check_files(snapshot: &Path, manifest: &Manifest) -> Result<()> {
+/// Whether all files and packs that the manifest names are there, files at their
+/// lengths.
+pub(super) fn check_files(snapshot: &Path, manifest: &Manifest, packs: &Packs) -> Result<()> {
     for member in manifest.members_here() {
-        check_member_files(&member_dir(snapshot, &member.name), member)?;
+        check_member_files(&member_dir(snapshot, &member.name), member, manifest.format)?;
+        for id in &member.image.packs {
+            Pack::glance(&packs.path(id))?;
+        }
     }
     Ok(())
 }
 
-fn check_member_files(dir: &Path, member: &Member) -> Result<()> {
-    for name in [CONFIG_NAME, RECORDS_NAME, INDEX_NAME, PAGES_NAME] {
+fn check_member_files(dir: &Path, member: &Member, format: u32) -> Result<()> {
+    let pages = (format == 1).then_some(PAGES_NAME);
+    for name in [CONFIG_NAME, RECORDS_NAME, INDEX_NAME]
+        .into_iter()
+        .chain(pages)
+    {
         let path = dir.join(name);
         let facts = member.image.files.iter().find(|file| file.name == name);
         let Some(facts) = facts else {

@@ -19,8 +19,10 @@ pub(crate) enum Content {
     Nothing,
     /// All zero; stored nowhere.
     Zero,
-    /// In this slot of the `pages` file.
+    /// In this slot of the file of staged pages.
     Slot(u32),
+    /// Handed to the packer under this number.
+    Packed(u32),
     /// In memory, under this number.
     Held(u32),
 }
@@ -108,11 +110,12 @@ impl Chunk {
         if tag & PRESENT == 0 {
             return None;
         }
-        let content = match tag >> 4 & 3 {
+        let content = match tag >> 4 & 7 {
             0 => Content::Nothing,
             1 => Content::Zero,
             2 => Content::Slot(number),
-            _ => Content::Held(number),
+            3 => Content::Held(number),
+            _ => Content::Packed(number),
         };
         Some((PageType::from_bits(tag & 0xf)?, content))
     }
@@ -123,6 +126,7 @@ impl Chunk {
             Content::Zero => (1, 0),
             Content::Slot(slot) => (2, slot),
             Content::Held(number) => (3, number),
+            Content::Packed(number) => (4, number),
         };
         if let (Some(tag), Some(number)) = (self.tags.get_mut(at), self.numbers.get_mut(at)) {
             *tag = PRESENT | kind << 4 | page_type.bits();
@@ -143,6 +147,7 @@ mod tests {
             Content::Zero,
             Content::Slot(u32::MAX),
             Content::Held(0),
+            Content::Packed(5),
         ];
         let mut expected = Vec::new();
         let mut pfn = 0;

@@ -12,8 +12,9 @@ use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+mod sharing;
+
 use super::manifest::tests::sample_member;
-use super::slots::SlotFile;
 use super::*;
 use crate::stream::testenc::{self, page, Entry};
 use crate::stream::{is_save_file, Ingest, IngestError, Page, PageType, Sink, PAGE_SIZE};
@@ -141,7 +142,10 @@ fn the_moment_of_the_switch_and_the_bound_on_memory_change_nothing() {
         for trip in (1..live.len()).step_by(1500) {
             let lab = Lab::new();
             let mut take = lab.store.begin(&name("lab")).unwrap();
-            let options = WriterOptions { held_bytes_max };
+            let options = WriterOptions {
+                held_bytes_max,
+                ..WriterOptions::default()
+            };
             let mut writer = MemberWriter::create(take.dir(), &name("web-1"), &options).unwrap();
             let handle = writer.handle();
             let source = Tripwire(&live, trip, || handle.enter_final());
@@ -194,6 +198,7 @@ fn pages_of_a_random_guest_survive_any_mix_of_changes() {
         let take = lab.store.begin(&name("lab")).unwrap();
         let options = WriterOptions {
             held_bytes_max: 100 * PAGE_SIZE,
+            ..WriterOptions::default()
         };
         let writer = MemberWriter::create(take.dir(), &name("web-1"), &options).unwrap();
         if round % 2 == 0 {
@@ -204,9 +209,8 @@ fn pages_of_a_random_guest_survive_any_mix_of_changes() {
         assert_eq!(stats.pages_spilled > 0, round % 2 == 0);
         let snapshot = lab.store.catalogue().newest(&name("lab")).unwrap();
         assert!(stream_of(&snapshot).unwrap() == testenc::pvh_stream(&batches));
-        let pages = snapshot.dir().join("members/web-1/pages");
-        let length = fs::metadata(pages).unwrap().len();
-        assert_eq!(length, stats.pages_stored * PAGE_SIZE as u64);
+        assert_eq!(stats.pages_new, stats.pages_stored);
+        snapshot.verify().unwrap();
     }
 }
 
@@ -214,7 +218,7 @@ fn pages_of_a_random_guest_survive_any_mix_of_changes() {
 fn a_suspended_guest_does_not_wait_for_a_full_disk() {
     let lab = Lab::new();
     let take = lab.store.begin(&name("lab")).unwrap();
-    let rounds: Vec<Vec<Entry>> = (0..600)
+    let rounds: Vec<Vec<Entry>> = (0..6000)
         .map(|pfn| vec![(pfn, 0, Some(page(pfn)))])
         .collect();
     let stream = testenc::pvh_stream(&rounds);
@@ -222,25 +226,28 @@ fn a_suspended_guest_does_not_wait_for_a_full_disk() {
         let member = name(member);
         let dir = store::member_dir(take.dir(), &member);
         let options = WriterOptions::default();
-        MemberWriter::create_over(take.dir(), dir, &member, &options, |_| {
+        let full = |path: &Path| {
+            // The pack's header is written before any page comes.
+            if path.ends_with("pack") {
+                return files::create_file(path);
+            }
             let path = Path::new("/dev/full");
-            let file = OpenOptions::new().write(true).open(path).unwrap();
-            Ok(SlotFile::over(file, path))
-        })
-        .unwrap()
+            Ok(OpenOptions::new().write(true).open(path).unwrap())
+        };
+        MemberWriter::create_over(take.dir(), dir, &member, &options, full).unwrap()
     };
     let mut running = on_full_disk("running");
-    match Ingest::new(&stream[..]).run(&mut running) {
+    // Twice, as second versions are staged.
+    let twice = testenc::pvh_stream(&[&rounds[..], &rounds[..]].concat());
+    match Ingest::new(&twice[..]).run(&mut running) {
         Err(IngestError::Sink(error)) => assert!(error.is_out_of_space(), "{error}"),
         other => panic!("{other:?}"),
     }
     let mut suspended = on_full_disk("suspended");
     suspended.handle().enter_final();
     Ingest::new(&stream[..]).run(&mut suspended).unwrap();
-    assert_eq!(suspended.handle().pages_final(), 600);
+    assert_eq!(suspended.handle().pages_final(), 6000);
     assert_eq!(suspended.handle().pages_spilled(), 0);
-    let error = suspended.finish(CONFIG).unwrap_err();
-    assert!(error.is_out_of_space(), "{error}");
 }
 
 #[test]
@@ -250,8 +257,8 @@ fn once_the_switch_returns_the_disk_is_not_touched() {
     let options = WriterOptions::default();
     let mut writer = MemberWriter::create(take.dir(), &name("a"), &options).unwrap();
     let handle = writer.handle();
-    let pages = take.dir().join("members/a/pages");
-    let length = || fs::metadata(&pages).unwrap().len();
+    let files = ["staged", "pack"].map(|file| take.dir().join("members/a").join(file));
+    let lengths = || files.clone().map(|file| fs::metadata(file).unwrap().len());
     std::thread::scope(|scope| {
         let guest = scope.spawn(|| {
             for nth in 0.. {
@@ -262,13 +269,13 @@ fn once_the_switch_returns_the_disk_is_not_touched() {
                 }
             }
         });
-        while length() == 0 {
+        while lengths()[0] == 0 {
             std::thread::yield_now();
         }
         handle.enter_final();
-        let before = length();
+        let before = lengths();
         guest.join().unwrap();
-        assert_eq!(length(), before);
+        assert_eq!(lengths(), before);
     });
     assert_eq!(handle.pages_spilled(), 0);
 }
@@ -304,10 +311,12 @@ fn limited_child() {
     let rounds = vec![(0..100).map(|pfn| (pfn, 0, Some(page(pfn)))).collect()];
     let options = WriterOptions::default();
     let mut writer = MemberWriter::create(take.dir(), &name("a"), &options).unwrap();
-    Ingest::new(&testenc::pvh_stream(&rounds)[..])
-        .run(&mut writer)
-        .unwrap();
-    let error = writer.finish(CONFIG).unwrap_err();
+    // Packed beside it: which of the two sees it first is a matter of chance.
+    let error = match Ingest::new(&testenc::pvh_stream(&rounds)[..]).run(&mut writer) {
+        Ok(_) => writer.finish(CONFIG).unwrap_err(),
+        Err(IngestError::Sink(error)) => error,
+        Err(other) => panic!("{other}"),
+    };
     assert!(error.is_out_of_space(), "{error}");
 }
 
@@ -324,13 +333,26 @@ fn tiny() -> (Lab, Snapshot) {
     (lab, snapshot)
 }
 
-const FILES: [&str; 5] = [
+const FILES: [&str; 4] = [
     "manifest.json",
     "members/web-1/config.json",
     "members/web-1/records",
     "members/web-1/index",
-    "members/web-1/pages",
 ];
+
+/// All that a snapshot consists of.
+fn files_of(snapshot: &Snapshot) -> Vec<PathBuf> {
+    let files = FILES.iter().map(|file| snapshot.dir().join(file));
+    files.chain(packs_of(snapshot)).collect()
+}
+
+fn packs_of(snapshot: &Snapshot) -> Vec<PathBuf> {
+    let root = snapshot.dir().ancestors().nth(3).unwrap();
+    let packs = snapshot.manifest().members[0].image.packs.iter();
+    packs
+        .map(|id| root.join("packs").join(id.to_string()))
+        .collect()
+}
 
 /// Everything that a restore would do.
 fn restore(lab: &Lab) -> Result<()> {
@@ -348,8 +370,7 @@ fn every_flipped_byte_is_reported_and_never_restored() {
     let (lab, snapshot) = tiny();
     restore(&lab).unwrap();
     let mut count = 0;
-    for file in FILES {
-        let path = snapshot.dir().join(file);
+    for path in files_of(&snapshot) {
         let bytes = fs::read(&path).unwrap();
         let handle = OpenOptions::new().write(true).open(&path).unwrap();
         for (at, byte) in bytes.iter().enumerate() {
@@ -361,7 +382,7 @@ fn every_flipped_byte_is_reported_and_never_restored() {
                 ) => {
                     assert_eq!(named, path, "byte {at}");
                 }
-                other => panic!("{file} byte {at}: {other:?}"),
+                other => panic!("{} byte {at}: {other:?}", path.display()),
             }
             handle.write_all_at(&[*byte], at as u64).unwrap();
             count += 1;
@@ -374,28 +395,25 @@ fn every_flipped_byte_is_reported_and_never_restored() {
 #[test]
 fn a_damaged_page_is_named_with_its_range() {
     let lab = Lab::new();
-    let rounds = vec![(100..120).map(|pfn| (pfn, 0, Some(page(pfn)))).collect()];
+    let rounds = vec![(100..300).map(|pfn| (pfn, 0, Some(page(pfn)))).collect()];
     let snapshot = lab.snapshot(&testenc::pvh_stream(&rounds));
-    let pages = snapshot.dir().join("members/web-1/pages");
-    let file = OpenOptions::new().write(true).open(&pages).unwrap();
-    for slot in [5, 6, 7, 12] {
-        file.write_all_at(b"!", slot * 4096 + 9).unwrap();
+    let path = packs_of(&snapshot).remove(0);
+    let frames = pack::Pack::open(&path, None).unwrap().table.frames;
+    let file = OpenOptions::new().write(true).open(&path).unwrap();
+    for frame in [1, 3] {
+        file.write_all_at(b"!!", frames[frame].offset + 99).unwrap();
     }
     let error = stream_of(&snapshot).unwrap_err();
     let text = error.to_string();
     assert!(text.starts_with("member web-1: "), "{text}");
-    assert!(
-        text.contains("pages is damaged at pfn 0x69 to 0x6b"),
-        "{text}"
-    );
+    assert!(text.contains("is damaged at pfn 0xa4 to 0xe3"), "{text}");
     assert!(snapshot.verify().is_err());
 }
 
 #[test]
 fn files_cut_short_or_grown_or_missing_or_replaced_are_reported() {
     let (lab, snapshot) = tiny();
-    for file in FILES {
-        let path = snapshot.dir().join(file);
+    for path in files_of(&snapshot) {
         let bytes = fs::read(&path).unwrap();
         let mut grown = bytes.clone();
         grown.push(b'\n');
@@ -407,7 +425,7 @@ fn files_cut_short_or_grown_or_missing_or_replaced_are_reported() {
         ] {
             fs::write(&path, spoiled).unwrap();
             let listing = lab.store.catalogue().list(None).unwrap();
-            assert!(listing.snapshots.is_empty(), "{file}");
+            assert!(listing.snapshots.is_empty(), "{}", path.display());
             assert_eq!(listing.damaged.len(), 1);
             assert!(restore(&lab).is_err());
         }
@@ -479,14 +497,11 @@ fn a_save_file_has_xls_header_and_the_configuration_asked_for() {
 #[test]
 fn guests_memory_is_readable_by_its_owner_only() {
     let (lab, snapshot) = tiny();
-    for file in FILES {
-        let mode = fs::metadata(snapshot.dir().join(file))
-            .unwrap()
-            .permissions()
-            .mode();
-        assert_eq!(mode & 0o7777, 0o600, "{file}");
+    for file in files_of(&snapshot) {
+        let mode = fs::metadata(&file).unwrap().permissions().mode();
+        assert_eq!(mode & 0o7777, 0o600, "{}", file.display());
     }
-    for dir in ["", "tmp", "snapshots", "snapshots/lab"] {
+    for dir in ["", "tmp", "packs", "snapshots", "snapshots/lab"] {
         let mode = fs::metadata(lab.store.root().join(dir))
             .unwrap()
             .permissions()
@@ -609,10 +624,10 @@ fn a_manifest_that_does_not_fit_is_not_committed() {
         |m| m.members.clear(),
         |m| m.members.push(m.members[0].clone()),
         |m| m.members.push(sample_member("absent")),
-        |m| m.members[0].image.files[3].length += 1,
+        |m| m.members[0].image.files[2].length += 1,
         |m| drop(m.members[0].image.files.remove(2)),
         |m| m.vne = name("other"),
-        |m| m.format = 2,
+        |m| m.format = 1,
     ];
     for spoil in spoil {
         let mut take = lab.store.begin(&name("lab")).unwrap();
@@ -742,7 +757,7 @@ fn cleaning_all_the_time_never_takes_a_live_snapshot_away() {
                         let options = WriterOptions::default();
                         let writer = MemberWriter::create(take.dir(), &name("a"), &options);
                         assert!(writer.is_ok(), "{writer:?}");
-                        assert!(take.dir().join("members/a/pages").exists());
+                        assert!(take.dir().join("members/a/pack").exists());
                     }
                 })
             })
@@ -912,4 +927,38 @@ fn a_store_has_a_number_of_its_own_that_moves_with_it() {
     fs::write(moved.join("id"), "no number").unwrap();
     let moved = Store::open(&moved).unwrap();
     assert!(moved.id().is_err() && moved.begin(&name("lab")).is_err());
+}
+
+/// A store that is kept as some version of this program has written it.
+fn golden(format: u32) -> Snapshot {
+    let golden = format!("tests/golden/format-{format}");
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join(golden);
+    let store = Store::open_existing(&golden).unwrap();
+    let listing = store.catalogue().list(None).unwrap();
+    assert!(listing.damaged.is_empty(), "{:?}", listing.damaged);
+    let snapshot = store.catalogue().newest(&name("lab")).unwrap();
+    assert_eq!(snapshot.manifest().format, format);
+    snapshot.verify().unwrap();
+    snapshot
+}
+
+#[test]
+fn snapshots_of_all_formats_are_still_restored() {
+    for format in FORMAT_MIN..=FORMAT {
+        assert!(stream_of(&golden(format)).unwrap() == pv_once(), "{format}");
+    }
+}
+
+/// Once a format has changed, its last store of this kind is what counts.
+#[test]
+#[ignore = "writes the store that is kept as this format's, into $VNE_GOLDEN"]
+fn write_golden() {
+    let Some(root) = std::env::var_os("VNE_GOLDEN") else {
+        return;
+    };
+    let lab = Lab {
+        dir: tempfile::tempdir().unwrap(),
+        store: Store::open(Path::new(&root)).unwrap(),
+    };
+    lab.snapshot(&pv_live());
 }

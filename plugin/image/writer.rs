@@ -5,15 +5,20 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use twox_hash::XxHash3_64;
+
 use super::error::Error;
 use super::files::{self, Lock};
 use super::held::HeldPages;
-use super::index::Index;
-use super::manifest::{FileFacts, MemberImage, MemberStats};
+use super::known::Known;
+use super::manifest::{MemberImage, MemberStats};
 use super::name::Name;
+use super::packer::{Packer, Rest};
+use super::packs::Packs;
+use super::publish::{self, Published};
 use super::records::{Record, Records};
 use super::slots::SlotFile;
-use super::store::{self, CONFIG_NAME, INDEX_NAME, PAGES_NAME, RECORDS_NAME};
+use super::store::{self, CONFIG_NAME, INDEX_NAME, PACK_NAME, RECORDS_NAME};
 use super::table::{Content, PageTable, PFN_COUNT_MAX};
 use super::Result;
 use crate::stream::{xc_record, Page, PageType, Place, Sink, XcHeader, PAGE_SIZE};
@@ -25,31 +30,40 @@ pub const RECORDS_BYTES_MAX: usize = 256 << 20;
 /// Records of a member, at most: a few per virtual CPU.
 const RECORDS_MAX: usize = 1 << 16;
 
+/// Pages that newer versions may replace.
+const STAGED_NAME: &str = "staged";
+
 /// How a [`MemberWriter`] works.
 #[derive(Clone, Copy, Debug)]
 pub struct WriterOptions {
     /// Bytes of pages to keep in memory while the guest is suspended, at most.
     /// Beyond it pages go to the disk, and the guest waits for it.
     pub held_bytes_max: usize,
+    /// Bytes that the hashes of the store's pages may take in memory, at most.
+    /// Pages beyond are stored once more.
+    pub known_bytes_max: usize,
 }
 
 impl Default for WriterOptions {
     /// 256 MiB: 65,536 pages, hundreds of times what a converged pre-copy
-    /// leaves over.
+    /// leaves over. And 256 MiB for 11 to 22 million known pages: 40 GiB of
+    /// contents at least.
     fn default() -> Self {
         WriterOptions {
             held_bytes_max: 256 << 20,
+            known_bytes_max: 256 << 20,
         }
     }
 }
 
 /// What other threads see of a [`MemberWriter`], and the switch they have.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct MemberHandle(Arc<Shared>);
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Shared {
     is_final: AtomicBool,
+    packer: Rest,
     /// Held while a page may be written to disk for a running guest.
     disk: Mutex<()>,
     pages_received: AtomicU64,
@@ -65,6 +79,8 @@ impl MemberHandle {
     /// just before the guest is suspended and not after.
     pub fn enter_final(&self) {
         self.0.is_final.store(true, Ordering::Release);
+        // First, so that nobody waits for the packer with the other lock.
+        self.0.packer.begin();
         drop(self.0.lock_disk());
     }
 
@@ -99,11 +115,13 @@ impl Shared {
 
 /// Stores one member: the [`Sink`] for its stream.
 ///
-/// While the guest runs, pages go straight into their slots on disk, where a
-/// newer version overwrites the older one and a page that became zero gives its
-/// slot up. After [`MemberHandle::enter_final`] pages stay in memory, so that a
-/// suspended guest never waits for a disk; [`MemberWriter::finish`], called when
-/// the guest runs again, writes them and everything else.
+/// While the guest runs, the first version of each page goes to a packer, which
+/// works beside the stream. Later ones are staged in slots on disk, where a newer
+/// version overwrites the older one: most pages that change once change again, and
+/// would be compressed for nothing. After [`MemberHandle::enter_final`] pages stay
+/// in memory and the packer rests, so that a suspended guest never waits for a
+/// disk; [`MemberWriter::finish`], called when the guest runs again, packs them
+/// and everything else.
 ///
 /// On any error the member is lost and with it the snapshot: the directory is
 /// to be left to [`super::Take`] or [`super::Store::clean_tmp`].
@@ -113,6 +131,10 @@ pub struct MemberWriter {
     dir: PathBuf,
     /// Keeps [`super::Store::clean_tmp`] away from the take's directory.
     _lock: File,
+    packs: Packs,
+    packer: Packer,
+    /// 32 bits of a hash of each page that the packer has.
+    prints: Vec<u32>,
     slots: SlotFile,
     held: HeldPages,
     table: PageTable,
@@ -135,31 +157,45 @@ impl MemberWriter {
     /// [`Error::Io`], also if the member exists.
     pub fn create(take_dir: &Path, name: &Name, options: &WriterOptions) -> Result<Self> {
         let dir = store::member_dir(take_dir, name);
-        let slots = |dir: &Path| SlotFile::create(&dir.join(PAGES_NAME));
-        Self::create_over(take_dir, dir, name, options, slots)
+        Self::create_over(take_dir, dir, name, options, files::create_file)
     }
 
-    /// With the `pages` file that `slots` makes.
+    /// With the files for pages that `make` makes.
     pub(super) fn create_over(
         take_dir: &Path,
         dir: PathBuf,
         name: &Name,
         options: &WriterOptions,
-        slots: impl FnOnce(&Path) -> Result<SlotFile>,
+        make: impl Fn(&Path) -> Result<File>,
     ) -> Result<Self> {
         let Some(lock) = files::try_lock_dir(take_dir, Lock::Shared)? else {
             let path = take_dir.to_owned();
             return Err(Error::InUse { path });
         };
         files::make_dir(&dir)?;
+        let packs = Packs::of(store::root_of_take(take_dir));
+        let (pack, staged) = (dir.join(PACK_NAME), dir.join(STAGED_NAME));
+        let known = Known::new(&packs, options.known_bytes_max);
+        let packer = Packer::new(make(&pack)?, &pack, known)?;
+        let shared = Shared {
+            is_final: AtomicBool::new(false),
+            packer: packer.rest(),
+            disk: Mutex::new(()),
+            pages_received: AtomicU64::new(0),
+            pages_final: AtomicU64::new(0),
+            pages_spilled: AtomicU64::new(0),
+        };
         Ok(MemberWriter {
             name: name.clone(),
-            slots: slots(&dir)?,
+            slots: SlotFile::over(make(&staged)?, &staged),
             dir,
+            packs,
+            packer,
+            prints: Vec::new(),
             _lock: lock,
             held: HeldPages::new(options.held_bytes_max),
             table: PageTable::default(),
-            handle: MemberHandle::default(),
+            handle: MemberHandle(Arc::new(shared)),
             stats: MemberStats::default(),
             legacy: false,
             header: None,
@@ -190,33 +226,34 @@ impl MemberWriter {
             Some(header) if self.ended => header,
             _ => return Err(self.unstorable("its stream was not read to the end")),
         };
-        self.write_held()?;
-        self.compact()?;
+        self.stats.pages_held_peak = self.held.peak() as u64;
+        self.stats.pages_spilled = self.handle.pages_spilled();
+        self.pack_the_rest()?;
         let records = self.encode_records(header);
-        self.count_pages();
         let dir = self.dir;
-        let (pages_bytes, hashes) = self.slots.finish()?;
+        self.slots.remove()?;
+        let packed = self.packer.finish()?;
+        let published = publish::publish(packed, &self.table, &self.packs, &dir)?;
+        let Published { map, own, .. } = &published;
         // What a reader would refuse must not be committed.
-        let index = Index::of(&self.table, hashes)
-            .map_err(|pfn| format!("pfn {pfn:#x} was left in memory"))
-            .and_then(|index| index.check().map(|()| index))
+        map.check()
             .map_err(|problem| Error::damaged(&dir.join(INDEX_NAME), problem))?;
+        let mut stats = self.stats;
+        stats.count(map);
+        (stats.pages_new, stats.bytes_new) = *own;
         let write = |name, bytes: &[u8]| files::write_file(&dir.join(name), name, bytes);
         let files = vec![
             write(CONFIG_NAME, config_json.as_bytes())?,
             write(RECORDS_NAME, &records)?,
-            write(INDEX_NAME, &index.encode())?,
-            FileFacts {
-                name: PAGES_NAME.to_owned(),
-                length: pages_bytes,
-                blake3: None,
-            },
+            write(INDEX_NAME, &map.encode())?,
         ];
         files::sync_dir(&dir)?;
         Ok(MemberImage {
-            stats: self.stats,
+            stats,
             files,
+            packs: map.packs.iter().map(|(id, _)| *id).collect(),
         })
+        // Only now nobody needs to be kept from removing the packs.
     }
 
     #[cfg(test)]
@@ -224,46 +261,26 @@ impl MemberWriter {
         &self.stats
     }
 
-    /// Moves the pages held in memory to slots.
-    fn write_held(&mut self) -> Result<()> {
-        let held: Vec<_> = self
+    /// Hands the packer what is staged and what is in memory.
+    fn pack_the_rest(&mut self) -> Result<()> {
+        self.packer.work()?;
+        self.slots.flush()?;
+        let rest: Vec<_> = self
             .table
             .iter()
-            .filter_map(|(pfn, page_type, content)| match content {
-                Content::Held(number) => Some((pfn, page_type, number)),
-                _ => None,
-            })
+            .filter(|(_, _, content)| matches!(content, Content::Held(_) | Content::Slot(_)))
             .collect();
-        for (pfn, page_type, number) in held {
-            let Some((page, slot)) = self.held.get(number) else {
-                return Err(self.unstorable(format!("pfn {pfn:#x} was lost from memory")));
+        for (pfn, page_type, content) in rest {
+            let page = match content {
+                Content::Slot(slot) => self.slots.read(slot)?,
+                Content::Held(number) => match self.held.get(number) {
+                    Some((page, _)) => *page,
+                    None => return Err(self.unstorable(format!("pfn {pfn:#x} was lost"))),
+                },
+                Content::Nothing | Content::Zero | Content::Packed(_) => continue,
             };
-            let page = *page;
-            self.write_page(pfn, page_type, slot, &page)?;
-        }
-        Ok(())
-    }
-
-    /// Leaves no unused slot in the file.
-    fn compact(&mut self) -> Result<()> {
-        let (mut pfns, mut used) = (Vec::new(), Vec::new());
-        for (pfn, page_type, content) in self.table.iter() {
-            if let Content::Slot(slot) = content {
-                pfns.push((pfn, page_type));
-                used.push(slot);
-            }
-        }
-        let mut moves = std::collections::HashMap::new();
-        self.slots.compact(&used, |from, to| {
-            moves.insert(from, to);
-        })?;
-        if moves.is_empty() {
-            return Ok(());
-        }
-        for (slot, (pfn, page_type)) in used.into_iter().zip(pfns) {
-            if let Some(&to) = moves.get(&slot) {
-                self.table.set(pfn, page_type, Content::Slot(to));
-            }
+            let number = self.packer.add(&page)?;
+            self.note(pfn, page_type, Content::Packed(number))?;
         }
         Ok(())
     }
@@ -279,19 +296,6 @@ impl MemberWriter {
         .encode()
     }
 
-    fn count_pages(&mut self) {
-        for (_, _, content) in self.table.iter() {
-            self.stats.pages_unique += 1;
-            match content {
-                Content::Slot(_) => self.stats.pages_stored += 1,
-                Content::Zero => self.stats.pages_zero += 1,
-                Content::Nothing | Content::Held(_) => {}
-            }
-        }
-        self.stats.pages_held_peak = self.held.peak() as u64;
-        self.stats.pages_spilled = self.handle.pages_spilled();
-    }
-
     /// A page with contents, to be kept in memory if that's the mode.
     fn store_page(&mut self, pfn: u64, page_type: PageType, page: &Page, last: bool) -> Result<()> {
         let slot = match self.table.get(pfn) {
@@ -300,7 +304,13 @@ impl MemberWriter {
                 return self.note(pfn, page_type, Content::Held(number));
             }
             Some((_, Content::Slot(slot))) => Some(slot),
-            Some((_, Content::Nothing | Content::Zero)) | None => None,
+            Some((_, Content::Nothing | Content::Zero | Content::Packed(_))) => None,
+            None if !last => {
+                let number = self.packer.add(page)?;
+                self.prints.push(print(page));
+                return self.note(pfn, page_type, Content::Packed(number));
+            }
+            None => None,
         };
         if last {
             if let Some(number) = self.held.hold(page, slot) {
@@ -350,6 +360,11 @@ impl MemberWriter {
     fn unstorable(&self, problem: impl Into<String>) -> Error {
         Error::unstorable(format!("member {}", self.name), problem)
     }
+}
+
+/// Enough to tell whether a page is the same, where nothing depends on it.
+fn print(page: &Page) -> u32 {
+    XxHash3_64::oneshot(page) as u32
 }
 
 /// Whether a page is all zero. Most others differ within the first bytes, where
@@ -423,6 +438,9 @@ impl Sink for MemberWriter {
             (Some((_, Content::Slot(slot))), Some(page)) => self.slots.holds(slot, page),
             (Some((_, Content::Held(number))), Some(page)) => {
                 self.held.get(number).is_some_and(|(held, _)| held == page)
+            }
+            (Some((_, Content::Packed(number))), Some(page)) => {
+                self.prints.get(number as usize) == Some(&print(page))
             }
             (Some((_, Content::Nothing)), None) => true,
             _ => false,

@@ -46,6 +46,7 @@ fn member(name: &str, rounds: &[(u64, u64, u64)]) -> Member {
         image: MemberImage {
             stats: MemberStats::default(),
             files: Vec::new(),
+            packs: Vec::new(),
         },
     }
 }

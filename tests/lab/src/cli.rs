@@ -46,6 +46,15 @@ enum Verb {
         #[arg(long)]
         mutant: Option<String>,
     },
+    /// Kill what works on the image store, and look at what is left
+    StoreFaults {
+        /// How often something is killed
+        #[arg(long, default_value_t = 200)]
+        points: u64,
+        /// Where the random numbers begin
+        #[arg(long)]
+        seed: Option<u64>,
+    },
     /// Build the product, laid out as it's installed
     Build,
     /// Build Debian packages, into target/deb
@@ -243,6 +252,7 @@ pub fn run() -> Result<ExitCode> {
             seed,
             mutant,
         } => crate::test::simulate(schedules, seed, mutant.as_deref()),
+        Verb::StoreFaults { points, seed } => crate::test::store_faults(points, seed),
         Verb::Build => {
             println!("{}", crate::product::stage()?.display());
             Ok(ExitCode::SUCCESS)

@@ -55,6 +55,37 @@ pub fn simulate(schedules: u64, seed: Option<u64>, mutant: Option<&str>) -> Resu
     Ok(ExitCode::from(code.unwrap_or(255)))
 }
 
+/// Points at which the image store is killed with every run of all tests.
+const FAULTS: u64 = 60;
+
+fn faults() -> Command {
+    let mut command = Command::new(env!("CARGO"));
+    command
+        .args([
+            "run",
+            "--quiet",
+            "--release",
+            "--package",
+            "store-faults",
+            "--",
+        ])
+        .current_dir(lab::workspace());
+    command
+}
+
+/// `cargo xtask store-faults`.
+pub fn store_faults(points: u64, seed: Option<u64>) -> Result<ExitCode> {
+    product::install_tools()?;
+    let mut command = faults();
+    command.args(["--points", &points.to_string()]);
+    if let Some(seed) = seed {
+        command.args(["--seed", &seed.to_string()]);
+    }
+    let status = command.status().context("cannot run cargo")?;
+    let code = status.code().and_then(|code| u8::try_from(code).ok());
+    Ok(ExitCode::from(code.unwrap_or(255)))
+}
+
 /// All that needs no lab.
 fn without_xen(tally: &mut Tally) -> Result<()> {
     product::install_tools()?;
@@ -69,6 +100,8 @@ fn without_xen(tally: &mut Tally) -> Result<()> {
     loader.arg(&source).current_dir(&root);
     let mut simulation = simulator();
     simulation.args(["--schedules", &SCHEDULES.to_string()]);
+    let mut killing = faults();
+    killing.args(["--points", &FAULTS.to_string()]);
     let steps = [
         ("formatting", cargo(&["fmt", "--all", "--check"])),
         (
@@ -85,6 +118,7 @@ fn without_xen(tally: &mut Tally) -> Result<()> {
         ),
         ("unit tests", cargo(&["test", "--quiet", "--workspace"])),
         ("simulated schedules of the cut", simulation),
+        ("image store, killed at any point", killing),
         ("plugin loader and ABI in C", loader),
     ];
     for (name, mut command) in steps {
