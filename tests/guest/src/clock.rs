@@ -6,12 +6,23 @@ use std::time::{Duration, Instant};
 
 /// Nanoseconds since the guest booted, suspended time included.
 pub fn boottime_ns() -> u64 {
+    read_ns(libc::CLOCK_BOOTTIME)
+}
+
+/// Nanoseconds that the guest has been suspended for, and a bit more when this is
+/// held up between two clocks.
+pub fn suspended_ns() -> u64 {
+    let awake = read_ns(libc::CLOCK_MONOTONIC);
+    boottime_ns().saturating_sub(awake)
+}
+
+fn read_ns(clock: libc::clockid_t) -> u64 {
     let mut time = libc::timespec {
         tv_sec: 0,
         tv_nsec: 0,
     };
-    // SAFETY: the structure is ours; this clock always exists.
-    unsafe { libc::clock_gettime(libc::CLOCK_BOOTTIME, &mut time) };
+    // SAFETY: the structure is ours; these clocks always exist.
+    unsafe { libc::clock_gettime(clock, &mut time) };
     time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
 }
 

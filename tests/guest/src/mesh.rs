@@ -78,6 +78,11 @@ fn listen(peers: &Peers, links: &Mutex<Vec<Link>>) {
                     link.from.take(number);
                 }
             }
+            Some(Message::Again(from, number)) => {
+                if let Some(link) = lock(links).get_mut(from as usize) {
+                    link.from.take_again(number);
+                }
+            }
             Some(Message::Hello(_)) | None => {}
         }
     }
@@ -103,8 +108,7 @@ fn send(peers: &Peers, links: &Mutex<Vec<Link>>, interval: Duration) -> Result<(
                 continue;
             }
             let number = lock(links).get(to).map_or(0, |link| link.sent);
-            card.wait();
-            let sent = peers.send(to, Message::Number(peers.me(), number));
+            let (_, sent) = peers.send_number(&card, to, number);
             if let Some(link) = lock(links).get_mut(to) {
                 match sent {
                     Ok(()) => link.sent += 1,

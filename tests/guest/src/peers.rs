@@ -4,10 +4,14 @@ use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::time::Duration;
 
 use crate::args::Args;
-use crate::sys;
+use crate::card::Card;
+use crate::{clock, sys};
 
 /// Longest message between stations.
 pub const MESSAGE_MAX: usize = 32;
+
+/// No suspend is shorter; some delays between two clocks are.
+const SUSPENDED_MIN_NS: u64 = 10_000_000;
 
 const MAGIC: u32 = 0x564e_4531;
 
@@ -20,6 +24,8 @@ pub enum Message {
     Here(u32),
     /// A number, from which station.
     Number(u32, u64),
+    /// A number that may not have left, and may be here already.
+    Again(u32, u64),
 }
 
 impl Message {
@@ -29,6 +35,7 @@ impl Message {
             Message::Hello(from) => (0u32, from, 0),
             Message::Here(from) => (1, from, 0),
             Message::Number(from, number) => (2, from, number),
+            Message::Again(from, number) => (3, from, number),
         };
         let mut bytes = [0u8; 20];
         bytes[0..4].copy_from_slice(&MAGIC.to_be_bytes());
@@ -52,6 +59,7 @@ impl Message {
             0 => Some(Message::Hello(from)),
             1 => Some(Message::Here(from)),
             2 => Some(Message::Number(from, number)),
+            3 => Some(Message::Again(from, number)),
             _ => None,
         }
     }
@@ -109,6 +117,23 @@ impl Peers {
             .map_err(|error| format!("cannot send to {address}: {error}"))
     }
 
+    /// Sends a number to a station when the guest has its card. Whether that had to be
+    /// waited for.
+    ///
+    /// A guest that is suspended between its look at the card and the call has no card
+    /// when it's restored, and its kernel drops the datagram: that's nobody's fault but
+    /// this program's, which sees that it was suspended, and says the number again.
+    pub fn send_number(&self, card: &Card, to: usize, number: u64) -> (bool, Result<(), String>) {
+        let before = clock::suspended_ns();
+        let mut waited = card.wait();
+        let mut sent = self.send(to, Message::Number(self.me(), number));
+        if clock::suspended_ns() > before + SUSPENDED_MIN_NS {
+            waited |= card.wait();
+            sent = self.send(to, Message::Again(self.me(), number));
+        }
+        (waited, sent)
+    }
+
     /// The next message; greetings are answered here. `None` after a while
     /// without any.
     pub fn receive(&self) -> Option<Message> {
@@ -140,6 +165,7 @@ mod tests {
             Message::Hello(1),
             Message::Here(2),
             Message::Number(3, u64::MAX),
+            Message::Again(4, 5),
         ] {
             assert_eq!(Message::decode(&message.encode()), Some(message));
         }

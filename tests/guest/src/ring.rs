@@ -142,8 +142,12 @@ fn run(peers: &Peers, station: &Arc<Mutex<Station>>, pace: Pace) -> Result<(), S
     }
     peers.set_wait(None)?;
     loop {
-        let Some(Message::Number(from, number)) = peers.receive() else {
-            continue;
+        let (from, number) = match peers.receive() {
+            Some(Message::Number(from, number)) => (from, number),
+            Some(Message::Again(from, number)) if number >= lock(station).expected() => {
+                (from, number)
+            }
+            _ => continue,
         };
         let (verdict, expected, counted) = {
             let mut station = lock(station);
@@ -186,9 +190,7 @@ fn gather(peers: &Peers) -> Result<(), String> {
 
 fn pass(peers: &Peers, card: &Card, station: &Arc<Mutex<Station>>, number: u64) {
     let to = (peers.index + 1) % peers.all.len();
-    let message = Message::Number(peers.me(), number);
-    let waited = card.wait();
-    let sent = peers.send(to, message);
+    let (waited, sent) = peers.send_number(card, to, number);
     let mut station = lock(station);
     station.waited += u64::from(waited);
     match sent {

@@ -51,6 +51,14 @@ impl Sequence {
         }
     }
 
+    /// Takes note of a datagram that may be here already.
+    pub fn take_again(&mut self, number: u64) {
+        let is_new = self.next.is_none_or(|next| number >= next);
+        if is_new || self.missing.contains(&number) {
+            self.take(number);
+        }
+    }
+
     /// Adds the account to an object.
     pub fn tell(&self, json: &mut Json) {
         json.number("received", self.received)
@@ -84,6 +92,22 @@ mod tests {
         assert_eq!(
             account(&[0, 1, 4, 3, 3, 5], true),
             r#"{"received":6,"last":5,"missing":1,"duplicate":1,"reordered":1}"#
+        );
+    }
+
+    #[test]
+    fn what_is_said_again_counts_once() {
+        let mut sequence = Sequence::from_zero();
+        for number in [0, 1] {
+            sequence.take(number);
+            sequence.take_again(number);
+        }
+        sequence.take_again(2);
+        let mut json = Json::new();
+        sequence.tell(&mut json);
+        assert_eq!(
+            json.finish(),
+            r#"{"received":3,"last":2,"missing":0,"duplicate":0,"reordered":0}"#
         );
     }
 
