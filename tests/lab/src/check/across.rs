@@ -113,31 +113,18 @@ pub fn skew_and_downtime(vne: &Vne) -> Result<String> {
         shares[0],
         shares[1]
     ));
-    // The targets are 1/3 and 1.3. They are told, not asserted: a median of a
-    // few takes on an emulator moves by more than what is between 1.0 and 1.3.
-    // These bounds are what only a cut that isn't one instant goes beyond.
+    // The target of 1.3 is told, not asserted: a member's downtimes alone lie as far
+    // apart as 1.5 on the emulator. Beyond twice it's no noise.
     told.push_str(&format!(
-        "\n  skew at most a third of the largest downtime: {}; downtime at most 1.3 times: {}",
-        met(shares.iter().all(|share| *share <= 1.0 / 3.0)),
-        met(worst <= 1.3)
+        "\n  downtime at most 1.3 times that alone: {}",
+        if worst <= 1.3 { "met" } else { "missed" }
     ));
     ensure!(
-        shares.iter().all(|share| *share < 1.0),
-        "members don't stand still together:\n{told}"
+        shares.iter().all(|share| *share <= 1.0 / 3.0),
+        "skew is too large:\n{told}"
     );
-    ensure!(
-        worst < 4.0,
-        "downtime is out of all proportion to that alone:\n{told}"
-    );
+    ensure!(worst <= 2.0, "downtime is much longer than alone:\n{told}");
     Ok(told)
-}
-
-fn met(target: bool) -> &'static str {
-    if target {
-        "met"
-    } else {
-        "missed"
-    }
 }
 
 fn median(values: &[f64]) -> f64 {
