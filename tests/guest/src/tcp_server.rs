@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crate::args::Args;
+use crate::card::Card;
 use crate::json::Json;
 use crate::status::{self, lock, Status};
 use crate::tcp_stream;
@@ -22,7 +23,15 @@ struct Received {
     /// The longest time between two pieces of a stream, by the clock that stands
     /// still while the guest does.
     longest_wait: Duration,
+    /// When the guest's network card came back after a restore, until the first
+    /// piece that arrives by it.
+    card_back: Option<Instant>,
+    /// How long that piece took, at most.
+    longest_after_card: Duration,
 }
+
+/// Between two looks at the card, which is away for longer.
+const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 
 /// See [`crate::workload::prepare`].
 pub fn prepare(line: &[String], status: &Status) -> Result<Run, String> {
@@ -40,11 +49,17 @@ pub fn prepare(line: &[String], status: &Status) -> Result<Run, String> {
                 .number("bytes", state.bytes)
                 .number("mismatches", state.mismatches)
                 .number("resets", state.resets)
-                .number("longest_wait_ms", state.longest_wait.as_millis() as u64);
+                .number("longest_wait_ms", state.longest_wait.as_millis() as u64)
+                .number(
+                    "longest_after_card_ms",
+                    state.longest_after_card.as_millis() as u64,
+                );
             json
         },
     );
     Ok(Box::new(move || {
+        let seen: Arc<Mutex<Received>> = state.clone();
+        std::thread::spawn(move || watch_card(&seen));
         for stream in listener.incoming().flatten() {
             let state: Arc<Mutex<Received>> = state.clone();
             lock(&state).connections += 1;
@@ -52,6 +67,16 @@ pub fn prepare(line: &[String], status: &Status) -> Result<Run, String> {
         }
         Ok(())
     }))
+}
+
+fn watch_card(state: &Mutex<Received>) {
+    let card = Card::open();
+    loop {
+        if card.wait() {
+            lock(state).card_back = Some(Instant::now());
+        }
+        std::thread::sleep(LOOK_INTERVAL);
+    }
 }
 
 fn receive(mut stream: TcpStream, state: &Mutex<Received>) {
@@ -69,6 +94,9 @@ fn receive(mut stream: TcpStream, state: &Mutex<Received>) {
                 last = Instant::now();
                 let mut state = lock(state);
                 state.longest_wait = state.longest_wait.max(waited);
+                if let Some(back) = state.card_back.take() {
+                    state.longest_after_card = state.longest_after_card.max(back.elapsed());
+                }
                 state.bytes += count as u64;
                 if let Some(at) = wrong {
                     state.mismatches += 1;

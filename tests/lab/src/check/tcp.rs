@@ -42,6 +42,9 @@ pub struct Account {
     /// The longest time that the server waited for the next byte, in ms of its own
     /// clock, which stands still while it does.
     pub longest_wait_ms: u64,
+    /// The longest time from the moment that the server had its network card back
+    /// after a restore to the first byte that it got by it, in ms.
+    pub longest_after_card_ms: u64,
 }
 
 impl Account {
@@ -94,6 +97,7 @@ pub fn account(vne: &Vne) -> Result<Account> {
         retransmitted: both("/tcp/retransmitted")?,
         timeouts: both("/tcp/timeouts")?,
         longest_wait_ms: number(&server, "/tcp_server/longest_wait_ms")?,
+        longest_after_card_ms: number(&server, "/tcp_server/longest_after_card_ms")?,
     })
 }
 
@@ -158,12 +162,14 @@ fn through_restores(vne: &Vne) -> Result<String> {
         let _ = writeln!(
             told,
             "  {} frames were on their way; {} segments sent again, {} timeouts; the server never \
-             waited longer than {} ms (before the take: {} ms)",
+             waited longer than {} ms (before the take: {} ms), and not longer than {} ms once it \
+             had its network card back",
             recorded(&manifest),
             after.retransmitted - before.retransmitted,
             after.timeouts - before.timeouts,
             after.longest_wait_ms,
-            before.longest_wait_ms
+            before.longest_wait_ms,
+            after.longest_after_card_ms
         );
         before = after;
     }
