@@ -62,7 +62,7 @@ type Scenario = (Fault, &'static str, bool);
 
 fn scenarios() -> Vec<Scenario> {
     let mut all = Vec::new();
-    for (host, often) in [(0, ["hold", "finalise"]), (1, ["precopy", "cut"])] {
+    for (host, often) in [(0, ["finalise"]), (1, ["cut"])] {
         let process = "vned";
         let kill = Fault::Kill { host, process };
         all.extend(PHASES.map(|phase| (kill, phase, often.contains(&phase))));
@@ -75,8 +75,7 @@ fn scenarios() -> Vec<Scenario> {
         all.push((Fault::Kill { host, process }, "cut", often));
     }
     all.push((Fault::Cut(BOTH), "now", false));
-    let often = ["hold", "finalise"];
-    all.extend(PHASES.map(|phase| (Fault::Cut(BOTH), phase, often.contains(&phase))));
+    all.extend(PHASES.map(|phase| (Fault::Cut(BOTH), phase, phase == "hold")));
     for (ways, phase, often) in [
         (THERE, "hold", true),
         (THERE, "finalise", false),

@@ -102,7 +102,7 @@ pub fn account(vne: &Vne) -> Result<Account> {
 }
 
 /// Snapshots of both ends, in a short run and in a full one.
-const TAKES: (usize, usize) = (10, 20);
+const TAKES: (usize, usize) = (6, 20);
 /// For comparison, since each takes seconds.
 const SAVES: usize = 2;
 

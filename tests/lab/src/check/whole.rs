@@ -8,12 +8,13 @@ use serde_json::Value;
 use super::vne::{number, Vne, NAME};
 use crate::scale;
 
-/// Snapshots that stay for the restores that follow; half of them in a short run.
-const KEPT: usize = 10;
+/// Snapshots that stay for the restores that follow, in a short run and in a full
+/// one.
+const KEPT: (usize, usize) = (4, 10);
 
 /// Takes of the busy VNE, one after the other.
 pub fn many_in_a_row(vne: &Vne) -> Result<String> {
-    in_a_row(vne, scale::of(10, 20))
+    in_a_row(vne, scale::of(6, 20))
 }
 
 /// As the above, for a slower lab.
@@ -22,7 +23,7 @@ pub fn three_in_a_row(vne: &Vne) -> Result<String> {
 }
 
 fn in_a_row(vne: &Vne, count: usize) -> Result<String> {
-    let kept = scale::of(KEPT / 2, KEPT);
+    let kept = scale::of(KEPT.0, KEPT.1);
     let before = vne.received()?;
     let (taken, heard) = vne.listening(|| {
         let mut taken = Vec::new();
@@ -59,7 +60,7 @@ fn in_a_row(vne: &Vne, count: usize) -> Result<String> {
 
 /// Restores snapshots that were each taken at another moment of the ring.
 pub fn restores(vne: &Vne) -> Result<String> {
-    let listed = at_least(vne, scale::of(KEPT / 2, KEPT))?;
+    let listed = at_least(vne, scale::of(KEPT.0, KEPT.1))?;
     let mut told = Vec::new();
     for snapshot in &listed {
         told.push(restore(vne, 0, snapshot)?);
