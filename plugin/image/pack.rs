@@ -472,7 +472,7 @@ impl Pack {
         buffer.resize(frame.length as usize, 0);
         match self.file.read_exact_at(buffer, frame.offset) {
             Ok(()) if check_of(buffer) == frame.check => Ok(Ok(())),
-            Ok(()) => Ok(Err("its contents are not what was written")),
+            Ok(()) => Ok(Err("what it is packed in is not what was written")),
             Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
                 Ok(Err("the file ends before"))
             }
