@@ -246,7 +246,9 @@ impl PackedPages {
             };
             // Mostly all of it is needed, in its order.
             let from = first.at * PAGE_SIZE;
-            let in_order = of_frame.iter().zip(first.at..).all(|(a, at)| a.at == at);
+            // As many as there are isn't enough: one may be needed twice, another not.
+            let in_order = (of_frame.iter().zip(first.at..).enumerate())
+                .all(|(nth, (need, at))| need.place == nth && need.at == at);
             let place = contents.get_mut(from..from + of_frame.len() * PAGE_SIZE);
             let unpacked = match place {
                 Some(place) if in_order && of_frame.len() == frame.count as usize => {

@@ -12,6 +12,22 @@ fn guest(count: u64, seed: impl Fn(u64) -> u64) -> Vec<u8> {
     testenc::pvh_stream(&batches)
 }
 
+/// As many pages of the frame are needed as it has, one of them twice and another not.
+#[test]
+fn a_page_needed_twice_does_not_stand_for_one_that_nobody_needs() {
+    let entry = |pfn| (pfn, 0, Some(page(if pfn == 1 { 0 } else { pfn })));
+    let rounds: [Vec<Entry>; 2] = [
+        (0..=64).map(entry).collect(),
+        vec![(5, 0, Some([0; PAGE_SIZE]))],
+    ];
+    let lab = Lab::new();
+    let snapshot = lab.snapshot(&testenc::pvh_stream(&rounds));
+    let stats = snapshot.manifest().members[0].image.stats;
+    assert_eq!((stats.pages_stored, stats.pages_new), (64, 64));
+    let expected = testenc::pvh_stream(&[testenc::last_versions(&rounds)]);
+    assert!(stream_of(&snapshot).unwrap() == expected);
+}
+
 fn packs_bytes(lab: &Lab) -> u64 {
     let packs = lab.store.packs().list().unwrap();
     packs.iter().map(|(_, bytes)| bytes).sum()
