@@ -30,7 +30,7 @@ enum Verb {
         #[arg(long, conflicts_with = "lab")]
         no_lab: bool,
         /// Each thing as often and in as many ways as the documents say; without
-        /// this, about half
+        /// this, some of it
         #[arg(long, conflicts_with = "no_lab")]
         full: bool,
     },

@@ -11,7 +11,7 @@ pub fn set_full(full: bool) {
 }
 
 /// Whether each thing is tried as often and in as many ways as the project's claims
-/// say, which takes twice as long.
+/// say, which takes far longer.
 pub fn is_full() -> bool {
     *FULL.get().unwrap_or(&false)
 }

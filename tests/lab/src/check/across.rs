@@ -16,8 +16,8 @@ const STILL: Duration = Duration::from_secs(6);
 
 /// Snapshots that are taken for restoring them, in a short run and in a full one.
 const TAKES: (usize, usize) = (4, 20);
-/// Takes of all, each beside one of every member alone; likewise.
-const PAIRS: (usize, usize) = (3, 7);
+/// Takes of all, each beside one of every member alone.
+const PAIRS: usize = 5;
 
 /// Snapshots at moments that are spread over the token's way, taken and
 /// restored by commands on either host.
@@ -70,7 +70,7 @@ pub fn skew_and_downtime(vne: &Vne) -> Result<String> {
     let what = format!("{NAME} {}", what.join(" "));
     let (mut pairs, mut alls) = (Vec::new(), Vec::new());
     let mut alone = [Vec::new(), Vec::new()];
-    for _ in 0..scale::of(PAIRS.0, PAIRS.1) {
+    for _ in 0..PAIRS {
         pairs.push(vne.take_on(0, &what)?);
         for (member, downtimes) in pair.iter().zip(&mut alone) {
             let what = format!("alone {}", member.name);

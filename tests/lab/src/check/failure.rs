@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 use anyhow::{anyhow, ensure, Result};
 
 use super::vne::{Vne, NAME};
-use crate::scale;
 
 /// Runs a take and kills one of its processes with -9 as soon as it says that
 /// a phase has begun. Doesn't wait for the take to end.
@@ -40,16 +39,15 @@ const VICTIMS: [&str; 3] = ["command", "worker", "helper"];
 /// The helper has ended after the cut.
 const PHASES: [&str; 4] = ["precopy", "hold", "cut", "finalise"];
 
-/// Every victim, at every phase in a full run and at two of them in a short one.
+/// Every victim at every phase.
 pub fn killed_at_each_phase(vne: &Vne) -> Result<String> {
     vne.remove_all()?;
     vne.sh(&format!("cat > /root/kill.sh <<'END'\n{KILL}\nEND"))?;
     let mut kills = 0;
     let mut longest = Duration::ZERO;
-    for (round, phase) in PHASES.into_iter().enumerate() {
-        for (number, victim) in VICTIMS.into_iter().enumerate() {
-            let left_out = !scale::is_full() && (round + number) % 2 == 1;
-            if left_out || (victim, phase) == ("helper", "finalise") {
+    for phase in PHASES {
+        for victim in VICTIMS {
+            if (victim, phase) == ("helper", "finalise") {
                 continue;
             }
             longest = longest.max(one(vne, victim, phase)?);

@@ -62,7 +62,7 @@ type Scenario = (Fault, &'static str, bool);
 
 fn scenarios() -> Vec<Scenario> {
     let mut all = Vec::new();
-    for (host, often) in [(0, ["finalise"]), (1, ["cut"])] {
+    for (host, often) in [(0, ["hold", "finalise"]), (1, ["precopy", "cut"])] {
         let process = "vned";
         let kill = Fault::Kill { host, process };
         all.extend(PHASES.map(|phase| (kill, phase, often.contains(&phase))));
@@ -75,7 +75,8 @@ fn scenarios() -> Vec<Scenario> {
         all.push((Fault::Kill { host, process }, "cut", often));
     }
     all.push((Fault::Cut(BOTH), "now", false));
-    all.extend(PHASES.map(|phase| (Fault::Cut(BOTH), phase, phase == "hold")));
+    let often = ["hold", "finalise"];
+    all.extend(PHASES.map(|phase| (Fault::Cut(BOTH), phase, often.contains(&phase))));
     for (ways, phase, often) in [
         (THERE, "hold", true),
         (THERE, "finalise", false),
