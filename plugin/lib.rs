@@ -3,8 +3,12 @@
 
 pub mod cli;
 pub mod clock;
+pub mod cpu;
 pub mod cut;
+pub mod disk;
 pub mod domain;
+#[cfg(any(test, feature = "fuzz"))]
+pub mod fuzz;
 pub mod image;
 pub mod net;
 pub mod sidecar;

@@ -144,6 +144,7 @@ fn manifest(id: &str) -> Result<Manifest, Box<dyn Error>> {
         // Must not be taken for a snapshot.
         label: Some(String::from("\"vne\": \"bad\", \"id\": \"bad\"")),
         cut: Cut::default(),
+        stored: Vec::new(),
         members: vec![member("db")?, member("web1")?],
     })
 }
@@ -157,6 +158,7 @@ fn member(name: &str) -> Result<Member, Box<dyn Error>> {
         domain_type: DomainType::Pvh,
         memory_kib: 262_144,
         vcpus: 1,
+        ran_on: None,
         downtime: Downtime::default(),
         rounds: 3,
         pages_sent: 70_000,
@@ -168,6 +170,8 @@ fn member(name: &str) -> Result<Member, Box<dyn Error>> {
         recorded: None,
         timeline: None,
         uncaptured_disks: Vec::new(),
+        read_only_disks: Vec::new(),
+        disks: Vec::new(),
         image: MemberImage {
             stats: MemberStats::default(),
             files: vec![xl_vne::image::FileFacts {
@@ -176,6 +180,7 @@ fn member(name: &str) -> Result<Member, Box<dyn Error>> {
                 blake3: None,
             }],
             packs: Vec::new(),
+            cpu_features: None,
         },
     })
 }

@@ -3,8 +3,12 @@
 
 #[path = "vned/client.rs"]
 mod client;
+#[path = "vned/copies.rs"]
+mod copies;
 #[path = "vned/host.rs"]
 mod host;
+#[path = "vned/moves.rs"]
+mod moves;
 
 use std::fs::{self, Permissions};
 use std::io::{Read, Write};

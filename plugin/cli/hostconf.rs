@@ -9,7 +9,7 @@ use rustix::fs::{flock, FlockOperation};
 use super::statements::{statements, warn_of_unknown_keys};
 use super::xlcfg::{XlConfig, CONFIG_BYTES_MAX};
 use super::Failure;
-use crate::image::Name;
+use crate::image::{KeySource, Name};
 use crate::sentence::sentence;
 use crate::sidecar::conf::{host_name, listen_address, Conf, Peer};
 use crate::sidecar::files;
@@ -18,7 +18,16 @@ use crate::sidecar::files;
 pub const FILE: &str = "vne.conf";
 
 /// All keys.
-const KEYS: [&str; 4] = ["name", "listen", "peers", "at_shutdown"];
+const KEYS: [&str; 8] = [
+    "name",
+    "listen",
+    "peers",
+    "accept_members",
+    "at_shutdown",
+    "store_key",
+    "store_key_command",
+    "store_memory_mib",
+];
 
 /// What the file says, and nothing that it doesn't.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -29,8 +38,14 @@ pub struct Said {
     pub listen: Option<String>,
     /// The others.
     pub peers: Vec<Peer>,
+    /// Those that say which members run here.
+    pub accept_members: Vec<Name>,
     /// VNEs to save when the host is shut down.
     pub at_shutdown: Vec<Name>,
+    /// Where the key of this host's stores comes from.
+    pub store_key: Option<KeySource>,
+    /// MiB that members may take together while they are stored or read back.
+    pub store_memory_mib: Option<u32>,
 }
 
 impl Said {
@@ -41,15 +56,33 @@ impl Said {
         let listen = config.string(c"listen")?;
         let peers = config.list(c"peers")?.unwrap_or_default();
         let peers: Result<Vec<Peer>, _> = peers.iter().map(|item| item.parse()).collect();
+        let accepted = config.list(c"accept_members")?.unwrap_or_default();
+        let accepted: Result<_, _> = accepted.iter().map(|name| host_name(name)).collect();
         let vnes = config.list(c"at_shutdown")?.unwrap_or_default();
         let vnes: Result<Vec<Name>, _> = vnes.iter().map(|vne| Name::new(vne)).collect();
+        let store_key = match (
+            config.string(c"store_key")?,
+            config.string(c"store_key_command")?,
+        ) {
+            (Some(_), Some(_)) => {
+                return Err(format!(
+                    "{source}: store_key and store_key_command can't both say where the key is"
+                )
+                .into());
+            }
+            (Some(file), None) => Some(KeySource::File(file.into())),
+            (None, command) => command.map(KeySource::Command),
+        };
         Ok(Self {
+            store_key,
+            store_memory_mib: config.number(c"store_memory_mib", 24, 1 << 20)?,
             name: name.map(|name| host_name(&name)).transpose().map_err(bad)?,
             listen: listen
                 .map(|listen| listen_address(&listen))
                 .transpose()
                 .map_err(bad)?,
             peers: peers.map_err(bad)?,
+            accept_members: accepted.map_err(bad)?,
             at_shutdown: vnes.map_err(|error| format!("{source}: {}", sentence(&error)))?,
         })
     }
@@ -63,6 +96,9 @@ impl Said {
             },
             listen: self.listen,
             peers: self.peers,
+            accept_members: self.accept_members,
+            store_key: self.store_key,
+            store_memory_mib: self.store_memory_mib,
         };
         conf.check()
             .map_err(|error| format!("{}: {}", path.display(), sentence(&error)))?;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use super::show::describe;
 use super::{print, print_json, Failure, Host, StoreArgument};
 use crate::image::{
-    DomainType, Downtime, Manifest, Member, MemberWriter, Name, Take, WriterOptions,
+    host_key, DomainType, Downtime, Manifest, Member, MemberWriter, Name, Take, WriterOptions,
 };
 use crate::sentence::sentence;
 use crate::stream::{Ingest, SaveHeader};
@@ -98,7 +98,11 @@ fn import(take: &Take, path: &Path, here: &Name) -> Result<Member, Failure> {
         .ok_or("it has no configuration, so the domain's name can't be told")?;
     let config: Config = serde_json::from_str(&json)?;
     let name = Name::new(&config.c_info.name)?;
-    let mut writer = MemberWriter::create(take.dir(), &name, &WriterOptions::default())?;
+    let options = WriterOptions {
+        key: host_key()?,
+        ..WriterOptions::default()
+    };
+    let mut writer = MemberWriter::create(take.dir(), &name, &options)?;
     let summary = Ingest::new(file).run(&mut writer)?;
     let image = writer.finish(&json)?;
     let domain_type = config.b_info.domain_type.or(config.c_info.domain_type);
@@ -110,6 +114,7 @@ fn import(take: &Take, path: &Path, here: &Name) -> Result<Member, Failure> {
         domain_type: domain_type.ok_or("its configuration doesn't say of what type it is")?,
         memory_kib: config.b_info.max_memkb,
         vcpus: config.b_info.max_vcpus,
+        ran_on: None,
         downtime: Downtime::default(),
         rounds: 1,
         pages_sent: summary.pages,
@@ -118,6 +123,8 @@ fn import(take: &Take, path: &Path, here: &Name) -> Result<Member, Failure> {
         diverged: false,
         throttled_to: None,
         uncaptured_disks: Vec::new(),
+        read_only_disks: Vec::new(),
+        disks: Vec::new(),
         late_frames: 0,
         recorded: None,
         timeline: None,

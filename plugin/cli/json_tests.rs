@@ -5,10 +5,12 @@ use std::collections::BTreeMap;
 use serde_json::{json, Value};
 
 use super::timeline;
+use crate::cpu::CpuFeatures;
+use crate::disk::Piece;
 use crate::domain::facts::{Disk, DomainFacts, DomainKind, Vif};
-use crate::image::{FileFacts, Manifest, Name, Recorded, TimelineRound};
+use crate::image::{FileFacts, Manifest, Name, RanOn, Recorded, TimelineRound};
 use crate::sidecar::conf::Peer;
-use crate::sidecar::rpc::{DaemonStatus, InDoubt, PeerTest};
+use crate::sidecar::rpc::{CopyDone, DaemonStatus, InDoubt, PeerTest};
 
 const PAGE: &str = include_str!("../docs/json.md");
 
@@ -110,6 +112,7 @@ fn file(blake3: bool) -> FileFacts {
 fn manifests() -> [Manifest; 2] {
     let mut full = timeline::tests::manifest();
     full.cut.skew_error_ns = 1;
+    full.stored = vec![name("alpha")];
     full.members.truncate(1);
     full.cut.at_ns.truncate(1);
     let mut bare = full.clone();
@@ -117,6 +120,22 @@ fn manifests() -> [Manifest; 2] {
         member.diverged = true;
         member.throttled_to = Some(50);
         member.uncaptured_disks = vec!["xvda".into()];
+        member.read_only_disks = vec!["xvdb".into()];
+        member.ran_on = Some(RanOn {
+            cpu_features: Some(CpuFeatures::default()),
+            bridges: vec!["xenbr0".into()],
+            disks: vec!["/srv/cd.iso".into()],
+        });
+        member.image.cpu_features = Some(CpuFeatures::default());
+        member.downtime.disks_ns = 1;
+        member.disks = vec![Piece {
+            vdev: "xvdc".into(),
+            driver: "lvm-thin".into(),
+            target: "/dev/vg0/db".into(),
+            origin: "/dev/vg0/db".into(),
+            bytes: 1,
+            kept: "/dev/vg0/vnesnap-0000000000000001-0".into(),
+        }];
         member.late_frames = 1;
         member.recorded = Some(Recorded {
             frames: 1,
@@ -133,6 +152,7 @@ fn manifests() -> [Manifest; 2] {
         }
     }
     bare.label = None;
+    bare.stored = Vec::new();
     bare.cut.skew_error_ns = 0;
     for member in &mut bare.members {
         member.timeline = None;
@@ -168,20 +188,46 @@ fn a_plan_is_as_documented() {
         memory_kib: 1,
         vcpus: 1,
         cap: full.then_some(50),
+        host_cpu: full.then(CpuFeatures::default),
         vifs: vec![Vif {
             devid: 0,
             ifname: "vif1.0".into(),
             mac: String::new(),
             bridge: full.then(|| "xenbr0".into()),
+            script: full.then(|| "vif-vne".into()),
         }],
         disks: vec![Disk {
             vdev: "xvda".into(),
             target: String::new(),
             readwrite: true,
+            format: "raw".into(),
+            script: full.then(|| "block-drbd".into()),
+            elsewhere: false,
         }],
         config_json: String::new(),
     };
     agrees("take -N", &json!([facts(true)]), &json!([facts(false)]));
+}
+
+#[test]
+fn what_came_of_a_copy_is_as_documented() {
+    use super::copy::Printed;
+    let printed = |full: bool| {
+        let done = CopyDone {
+            members: full.then(|| name("db")).into_iter().collect(),
+            pages: 1,
+            pages_sent: 1,
+            sent_bytes: 1,
+            duration_ns: 1,
+        };
+        json!(Printed {
+            vne: &name("lab"),
+            id: &"20261121T023652Z".parse().unwrap(),
+            host: &name("beta"),
+            done: &done,
+        })
+    };
+    agrees("copy", &printed(true), &printed(false));
 }
 
 #[test]

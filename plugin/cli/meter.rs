@@ -30,6 +30,11 @@ impl Meter {
         }
     }
 
+    /// So many bytes there are, if that wasn't known before.
+    pub fn expect(&mut self, total: u64) {
+        self.total = total;
+    }
+
     /// So many bytes are done.
     pub fn tell(&mut self, done: u64) {
         let soon = self.drawn.is_some_and(|at| at.elapsed() < REDRAW_INTERVAL);

@@ -3,6 +3,7 @@
 //! Exit status as xl's: 0 success, 1 failure, 2 arguments that make no sense.
 
 mod config;
+mod copy;
 mod diff;
 mod export;
 mod hooks;
@@ -109,6 +110,8 @@ enum Verb {
     Verify(verify::Arguments),
     /// Show how much has changed from one snapshot to another
     Diff(diff::Arguments),
+    /// Copy what this host has of a snapshot into another host's store
+    Copy(copy::Arguments),
     /// Delete snapshots
     Remove(remove::Arguments),
     /// Delete old snapshots by a rule
@@ -130,6 +133,7 @@ pub fn command() -> clap::Command {
 /// `xl vne-snapshot`.
 pub fn main(host: &Host, arguments: Vec<OsString>) -> c_int {
     start_log(host.verbosity);
+    find_key(host);
     let parsed = match Arguments::try_parse_from(arguments) {
         Ok(parsed) => parsed,
         Err(error) => {
@@ -151,6 +155,7 @@ pub fn main(host: &Host, arguments: Vec<OsString>) -> c_int {
         Verb::Restore(arguments) => restore::run(host, arguments),
         Verb::Verify(arguments) => verify::run(host, arguments),
         Verb::Diff(arguments) => diff::run(host, arguments),
+        Verb::Copy(arguments) => copy::run(host, arguments),
         Verb::Remove(arguments) => remove::run(host, arguments),
         Verb::Prune(arguments) => prune::run(host, arguments),
         Verb::Export(arguments) => export::run(host, arguments),
@@ -169,6 +174,16 @@ pub fn main(host: &Host, arguments: Vec<OsString>) -> c_int {
             1
         }
     }
+}
+
+/// Says where the key of this host's stores is to be looked for, once it's needed.
+fn find_key(host: &Host) {
+    let config_dir = host.config_dir.clone();
+    crate::image::find_host_key(Box::new(move || {
+        let conf = hostconf::load(&config_dir);
+        conf.map(|conf| conf.store_key)
+            .map_err(|error| sentence(error.as_ref()))
+    }));
 }
 
 /// Warnings by default; each `-v` of xl's shows more.

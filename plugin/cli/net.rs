@@ -279,6 +279,9 @@ mod tests {
         Conf {
             name: Name::new("alpha").unwrap(),
             listen: None,
+            store_key: None,
+            store_memory_mib: None,
+            accept_members: Vec::new(),
             peers: vec![
                 peer(&format!(
                     "name=beta,address=10.0.0.2,fingerprint={},vne=lab",

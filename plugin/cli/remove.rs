@@ -44,6 +44,9 @@ fn other_hosts(store: &Store, vne: &Name, id: &SnapshotId) -> Result<Vec<Name>, 
     match store.catalogue().get(vne, id) {
         Ok(snapshot) => {
             let manifest = snapshot.manifest();
+            if manifest.is_copy() {
+                return Ok(Vec::new());
+            }
             let others = manifest.hosts.iter().filter(|host| **host != manifest.host);
             Ok(others.cloned().collect())
         }

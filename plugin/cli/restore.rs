@@ -5,12 +5,15 @@ use std::io::{Read, Write};
 use std::path::Path;
 
 use super::hooks::{self, Hooks};
+use super::hostconf;
+use super::meter::Meter;
 use super::{print, Failure, Host, SnapshotName, StoreArgument};
 use crate::image::{Manifest, Name};
+use crate::sentence::sentence;
 use crate::sidecar::admin::Daemon;
 use crate::sidecar::copy;
 use crate::sidecar::restore::{self, Progress, RestoreRequest};
-use crate::sidecar::rpc::SnapshotRef;
+use crate::sidecar::rpc::{CopyProgress, Placement, RestoreOrder, SnapshotRef};
 use crate::stream::is_save_file;
 
 /// Bring all members of a snapshot back, or none. They are built paused and
@@ -26,6 +29,10 @@ pub struct Arguments {
     /// own: the members themselves may go on
     #[arg(long = "as", value_name = "NEW")]
     copy: Option<Name>,
+    /// Restore a member on another host than it ran on; may be given for several. Its
+    /// part of the snapshot is copied there unless it's there
+    #[arg(long, value_name = "MEMBER=HOST", value_parser = placement)]
+    on: Vec<Placement>,
     /// Leave the members paused
     #[arg(short, long)]
     paused: bool,
@@ -34,6 +41,17 @@ pub struct Arguments {
     quiet: bool,
     #[command(flatten)]
     store: StoreArgument,
+}
+
+fn placement(text: &str) -> Result<Placement, String> {
+    let Some((member, host)) = text.split_once('=') else {
+        return Err(String::from("MEMBER=HOST is expected"));
+    };
+    let name = |text: &str| Name::new(text).map_err(|error| sentence(&error));
+    Ok(Placement {
+        member: name(member)?,
+        host: name(host)?,
+    })
 }
 
 /// What stands where a snapshot's name should.
@@ -85,7 +103,7 @@ pub fn run(host: &Host, arguments: &Arguments) -> Result<(), Failure> {
         let manifest = snapshot.manifest();
         return print(&format!(
             "Would restore {} from {}@{}.\n",
-            names(manifest, arguments.copy.as_ref())?.join(", "),
+            places(manifest, arguments)?.join(", "),
             manifest.vne,
             manifest.id
         ));
@@ -95,29 +113,40 @@ pub fn run(host: &Host, arguments: &Arguments) -> Result<(), Failure> {
         run_dir: host.run_dir.clone(),
         program: host.program(),
         joint: None,
+        members: None,
         copy: arguments.copy.clone(),
         paused: arguments.paused,
+        memory_bytes: hostconf::load(&host.config_dir)?.store_memory_bytes(),
     };
     warn_of_disks(snapshot.manifest());
     let mut printer = Printer {
         quiet: arguments.quiet,
+        meter: Meter::new("copied", 0, arguments.quiet),
     };
     let manifest = snapshot.manifest();
     let elsewhere = manifest.members.iter().find(|m| m.host != manifest.host);
+    let elsewhere = match (arguments.on.first(), elsewhere) {
+        (Some(place), _) => Some((&place.member, &place.host)),
+        (None, Some(member)) => Some((&member.name, &member.host)),
+        (None, None) => None,
+    };
     let work = || -> Result<(), Failure> {
-        match elsewhere {
-            None => Ok(restore::restore(&request, &snapshot, &mut printer)?),
-            Some(member) => {
-                let what = format!("'{}' is on host '{}'", member.name, member.host);
-                let wanted = SnapshotRef {
-                    vne: manifest.vne.clone(),
-                    id: manifest.id.clone(),
-                };
-                let daemon = Daemon::connect(&host.run_dir, &what)?;
-                let (store, copy) = (request.store, request.copy);
-                Ok(daemon.restore(wanted, store, copy, request.paused, &mut printer)?)
-            }
-        }
+        let Some((member, elsewhere)) = elsewhere else {
+            return Ok(restore::restore(&request, &snapshot, &mut printer)?);
+        };
+        let what = format!("hosts' vneds restore '{member}' on host '{elsewhere}'");
+        let order = RestoreOrder {
+            snapshot: SnapshotRef {
+                vne: manifest.vne.clone(),
+                id: manifest.id.clone(),
+            },
+            store: request.store,
+            copy: request.copy,
+            on: arguments.on.clone(),
+            paused: request.paused,
+        };
+        let daemon = Daemon::connect(&host.run_dir, &what)?;
+        Ok(daemon.restore(order, &mut printer)?)
     };
     hooks(host, manifest, arguments.copy.as_ref())?.around(work, |()| Vec::new())
 }
@@ -135,6 +164,22 @@ fn hooks(host: &Host, manifest: &Manifest, copy: Option<&Name>) -> Result<Hooks,
         hooks.tell("VNE_AS", copy.as_str());
     }
     Ok(hooks)
+}
+
+/// What the restored domains are called, with their hosts where the user names any.
+fn places(manifest: &Manifest, arguments: &Arguments) -> Result<Vec<String>, Failure> {
+    let names = names(manifest, arguments.copy.as_ref())?;
+    if arguments.on.is_empty() {
+        return Ok(names);
+    }
+    let members = manifest.members.iter().zip(names);
+    let places = members.map(|(member, name)| {
+        let mut on = arguments.on.iter();
+        let placed = on.find(|place| place.member == member.name);
+        let host = placed.map_or(&member.host, |place| &place.host);
+        format!("{host}:{name}")
+    });
+    Ok(places.collect())
 }
 
 /// What the restored domains are called.
@@ -175,6 +220,7 @@ fn explain_file(text: &str) -> String {
 
 struct Printer {
     quiet: bool,
+    meter: Meter,
 }
 
 impl Printer {
@@ -187,7 +233,13 @@ impl Printer {
 }
 
 impl Progress for Printer {
+    fn copying(&mut self, how_far: CopyProgress) {
+        self.meter.expect(how_far.total_bytes);
+        self.meter.tell(how_far.done_bytes);
+    }
+
     fn building(&mut self, members: &[&str]) {
+        self.meter.end();
         self.say(&format!("building {}", members.join(", ")));
     }
 

@@ -86,6 +86,32 @@ pub fn describe(manifest: &Manifest, sizes: Option<Sizes>) -> String {
     let mut in_flight = 0;
     for member in &manifest.members {
         in_flight += member.recorded.as_ref().map_or(0, |kept| kept.frames);
+        if !member.disks.is_empty() {
+            let disks = member.disks.iter();
+            let disks: Vec<_> = disks
+                .map(|disk| format!("{} ({}, {})", disk.vdev, disk.driver, bytes(disk.bytes)))
+                .collect();
+            notes.push_str(&format!(
+                "With {}'s {}; {} of its downtime were for that.\n",
+                member.name,
+                disks.join(", "),
+                ms(member.downtime.disks_ns)
+            ));
+        }
+        if !member.uncaptured_disks.is_empty() {
+            notes.push_str(&format!(
+                "Without {}'s {}.\n",
+                member.name,
+                member.uncaptured_disks.join(", ")
+            ));
+        }
+        if !member.read_only_disks.is_empty() {
+            notes.push_str(&format!(
+                "{}'s {} can only be read, and is not in it.\n",
+                member.name,
+                member.read_only_disks.join(", ")
+            ));
+        }
         if member.late_frames > 0 {
             notes.push_str(&format!(
                 "{} frames came for {} while it was suspended: they aren't in the snapshot.\n",

@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::path::Path;
 
 use super::hooks::{self, Hooks};
+use super::hostconf;
 use super::progress::Printer;
 use super::units::{bytes, table};
 use super::{config::VneConfig, print, print_json, Failure, Host, StoreArgument};
@@ -69,8 +70,8 @@ pub struct Arguments {
     /// What to do when members don't converge in time [default: abort]
     #[arg(long, value_name = "WHAT")]
     diverging: Option<Diverging>,
-    /// Leave out what is on the members' disks, which this version can't
-    /// capture; without this, a member that can write to a disk is refused
+    /// Leave out what is on the members' disks; without this, a member that can
+    /// write to a disk that can't be captured is refused
     #[arg(long)]
     memory_only: bool,
     /// Size of each interface's queue for held frames, in KiB [default: 8192]
@@ -157,6 +158,7 @@ pub fn run(host: &Host, arguments: &Arguments) -> Result<(), Failure> {
         run_dir: host.run_dir.clone(),
         program: host.program(),
         final_buffer_bytes: FINAL_BUFFER_BYTES,
+        memory_bytes: hostconf::load(&host.config_dir)?.store_memory_bytes(),
     };
     let request = request(&here, arguments, host.dry_run, config)?;
     if !request.dry_run {
@@ -336,11 +338,14 @@ fn plan(request: &TakeRequest, store: &Path, members: &[DomainFacts]) -> String 
     for member in members {
         let disks = member.writable_disks();
         if !disks.is_empty() {
-            text.push_str(&format!(
-                "Without {}'s {}: restore it with those disks as they are at the cut.\n",
-                member.name,
-                disks.join(", ")
-            ));
+            let (name, disks) = (&member.name, disks.join(", "));
+            text.push_str(&match request.memory_only {
+                true => format!(
+                    "Without {name}'s {disks}: restore it with those disks as they are at the \
+                     cut.\n"
+                ),
+                false => format!("With {name}'s {disks}.\n"),
+            });
         }
     }
     text

@@ -46,6 +46,8 @@ enum Work {
     Discard { domains: Vec<String> },
     /// Print what is known of domains that were built paused, as JSON
     Facts { domains: Vec<String> },
+    /// Print what this host has, and which of these domains it has already, as JSON
+    Host { domains: Vec<String> },
     /// Set domains running that were built paused
     Release { domains: Vec<String> },
     /// Print what the daemon has to know, as JSON
@@ -65,6 +67,7 @@ enum Work {
 /// `xl vne-worker`.
 pub fn main(host: &Host, arguments: Vec<OsString>) -> c_int {
     start_log(host.verbosity);
+    super::find_key(host);
     let parsed = match Arguments::try_parse_from(arguments) {
         Ok(parsed) => parsed,
         Err(error) => {
@@ -140,6 +143,7 @@ fn run(host: &Host, work: &Work) -> Result<(), Failure> {
             });
             super::print_json(&facts.collect::<Result<Vec<_>, Failure>>()?)
         }
+        Work::Host { domains } => super::print_json(&host.xl.host_facts(domains)?),
         Work::Release { domains } => release(host, domains),
         Work::Describe { vne } => super::print_json(&super::describe(host, vne.as_ref())?),
         Work::NetUp { vne } => net::up(host, vne),

@@ -4,6 +4,8 @@
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::cpu::CpuFeatures;
+
 /// How a guest is virtualised.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -37,6 +39,19 @@ pub struct Vif {
     pub mac: String,
     /// The bridge that it's on, if any is named.
     pub bridge: Option<String>,
+    /// The script that connects it, if it isn't the usual one.
+    #[serde(default)]
+    pub script: Option<String>,
+}
+
+impl Vif {
+    /// The bridge that has to be there before it's connected. Other scripts than the
+    /// usual one give the name a meaning of their own.
+    pub fn plain_bridge(&self) -> Option<&str> {
+        let usual = |script: &str| script.ends_with("vif-bridge");
+        let plain = self.script.as_deref().is_none_or(usual);
+        self.bridge.as_deref().filter(|_| plain)
+    }
 }
 
 /// One disk of a domain.
@@ -48,6 +63,24 @@ pub struct Disk {
     pub target: String,
     /// Whether the guest can write to it.
     pub readwrite: bool,
+    /// libxl's name of its format; empty for raw.
+    #[serde(default)]
+    pub format: String,
+    /// The script that attaches it, if it isn't the usual one.
+    #[serde(default)]
+    pub script: Option<String>,
+    /// Whether another domain serves it.
+    #[serde(default)]
+    pub elsewhere: bool,
+}
+
+impl Disk {
+    /// The file or device in dom0 that has to be there before it's attached. Other
+    /// scripts than the usual one give the target a meaning of their own.
+    pub fn path(&self) -> Option<&str> {
+        let plain = self.script.is_none() && !self.elsewhere && self.target.starts_with('/');
+        Some(self.target.as_str()).filter(|_| plain)
+    }
 }
 
 /// A domain as it was found.
@@ -73,6 +106,9 @@ pub struct DomainFacts {
     pub vifs: Vec<Vif>,
     /// Its disks.
     pub disks: Vec<Disk>,
+    /// The features of the host's processors.
+    #[serde(default)]
+    pub host_cpu: Option<CpuFeatures>,
     /// libxl's JSON of the whole configuration, as `xl save` stores it.
     pub config_json: String,
 }
@@ -82,6 +118,12 @@ impl DomainFacts {
     pub fn writable_disks(&self) -> Vec<String> {
         let writable = self.disks.iter().filter(|disk| disk.readwrite);
         writable.map(|disk| disk.vdev.clone()).collect()
+    }
+
+    /// The guest's names for the disks that it can only read.
+    pub fn read_only_disks(&self) -> Vec<String> {
+        let read_only = self.disks.iter().filter(|disk| !disk.readwrite);
+        read_only.map(|disk| disk.vdev.clone()).collect()
     }
 
     /// Reads the facts out of libxl's JSON. `domid` and `memory_kib` come from
@@ -113,6 +155,7 @@ impl DomainFacts {
             memory_kib,
             vcpus: vcpus(&config),
             cap: None,
+            host_cpu: None,
             vifs,
             disks: list("/disks").iter().map(disk).collect(),
             name,
@@ -151,6 +194,7 @@ fn vif(domain: &str, domid: u32, at: usize, nic: &Value) -> Result<Vif, String> 
             .map_or_else(|| format!("vif{domid}.{devid}"), str::to_owned),
         mac,
         bridge: text("bridge").map(str::to_owned),
+        script: text("script").map(str::to_owned),
     })
 }
 
@@ -159,12 +203,19 @@ fn disk(disk: &Value) -> Disk {
         let found = disk.get(key).and_then(Value::as_str);
         found.unwrap_or_default().to_owned()
     };
+    let named = |key: &str| Some(text(key)).filter(|text| !text.is_empty());
+    let domid = disk.get("backend_domid").and_then(Value::as_u64);
     Disk {
         vdev: text("vdev"),
         target: text("pdev_path"),
         readwrite: disk
             .get("readwrite")
             .is_some_and(|value| value.as_bool().unwrap_or(value.as_u64() != Some(0))),
+        format: named("format")
+            .filter(|format| format != "unknown")
+            .unwrap_or_default(),
+        script: named("script").filter(|script| script != "block"),
+        elsewhere: domid.is_some_and(|domid| domid != 0) || named("backend_domname").is_some(),
     }
 }
 
@@ -184,6 +235,23 @@ mod tests {
         assert_eq!(facts.vifs[0].ifname, "vif7.0");
         assert_eq!(facts.vifs[1].ifname, "lan0");
         assert!(facts.disks[0].readwrite);
+        assert_eq!(facts.disks[0].script, None);
+        Ok(())
+    }
+
+    #[test]
+    fn what_makes_a_disk_unfit_for_capture_is_read() -> Result<(), String> {
+        let json = r#"{"c_info":{"type":"pv","name":"web"},"disks":[
+            {"pdev_path":"/a.qcow2","vdev":"xvda","format":"qcow2","readwrite":1},
+            {"pdev_path":"r0","vdev":"xvdb","format":"raw","script":"block-drbd","readwrite":1},
+            {"pdev_path":"/dev/vg/x","vdev":"xvdc","backend_domname":"storage","readwrite":1},
+            {"pdev_path":"/cd.iso","vdev":"xvdd","format":"raw","removable":1}]}"#;
+        let facts = DomainFacts::from_config(7, 1, json.to_owned())?;
+        assert_eq!(facts.disks[0].format, "qcow2");
+        assert_eq!(facts.disks[1].script.as_deref(), Some("block-drbd"));
+        assert!(facts.disks[2].elsewhere && !facts.disks[1].elsewhere);
+        assert_eq!(facts.read_only_disks(), ["xvdd"]);
+        assert_eq!(facts.writable_disks(), ["xvda", "xvdb", "xvdc"]);
         Ok(())
     }
 

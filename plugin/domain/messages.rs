@@ -28,13 +28,30 @@ pub enum Command {
         policy: PolicyConfig,
         /// Bytes of the last pages to keep in memory at most.
         final_buffer_bytes: usize,
+        /// Bytes of memory that it may take, if there is a limit.
+        #[serde(default)]
+        memory_bytes: Option<u64>,
         /// The holds of the member's vifs.
         holds: Vec<HoldRecord>,
+        /// Whether its disks are captured while it stands still.
+        #[serde(default)]
+        disks: bool,
     },
     /// Suspend, save the rest, resume: now.
     Cut,
+    /// The disks have been captured, so that the guest may run; or couldn't be.
+    Disks {
+        /// Why not, as a sentence.
+        why: Option<String>,
+    },
     /// The cut is made and the network released: write it out.
     Finalise,
+    /// Comes after that: what was captured of the disks is durable, or couldn't be made
+    /// so.
+    Settled {
+        /// Why not, as a sentence.
+        why: Option<String>,
+    },
     /// Give up. The guest runs on.
     Abort,
 }
@@ -81,6 +98,9 @@ pub struct CutTimes {
     pub pages_done_ns: u64,
     /// libxl had finished the stream, device state included.
     pub saved_ns: u64,
+    /// Its disks had been captured; as `saved_ns` if it has none.
+    #[serde(default)]
+    pub disks_ns: u64,
     /// The guest had been set running again.
     pub resumed_ns: u64,
     /// Pages sent while it was suspended.

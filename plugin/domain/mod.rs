@@ -14,8 +14,10 @@
 //! ```
 
 pub mod facts;
+mod host;
 pub mod messages;
 mod monitor;
+mod orders;
 pub mod policy;
 mod policy_wire;
 pub mod recover;
@@ -23,3 +25,4 @@ pub mod worker;
 pub mod xl;
 
 pub use facts::{DomainFacts, DomainKind, Vif};
+pub use host::HostFacts;

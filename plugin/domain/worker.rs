@@ -13,21 +13,21 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
 
 use rustix::pipe::PipeFlags;
 
 use super::messages::{self, Command, CutTimes, Event};
 use super::monitor::Monitors;
+use super::orders::{Order, Orders};
 use super::policy::{Policy, PolicyConfig, Step};
 use super::policy_wire::{self, Decision, Said, Socket};
 use super::recover::recover_domain;
 use super::xl::Xl;
 use super::DomainFacts;
 use crate::clock::now_ns;
-use crate::image::{MemberHandle, MemberWriter, Name, WriterOptions};
+use crate::image::{host_key, MemberHandle, MemberWriter, MemoryShare, Name, WriterOptions};
 use crate::net::{self, Stopped as NetStopped, Watched};
 use crate::sentence::sentence;
 use crate::stream::{Ingest, Page, PageType, Place, Sink, XcHeader};
@@ -74,62 +74,6 @@ impl Helpers {
     }
 }
 
-/// The last order that the engine gave. Orders only ever advance.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Order {
-    Precopy,
-    Cut,
-    Finalise,
-    Abort,
-}
-
-/// The engine's orders, as the other threads see them.
-struct Orders {
-    last: Mutex<Order>,
-    changed: Condvar,
-}
-
-impl Orders {
-    fn lock(&self) -> MutexGuard<'_, Order> {
-        // A poisoned order is still an order: it is a plain value.
-        self.last
-            .lock()
-            .unwrap_or_else(|poisoned| poisoned.into_inner())
-    }
-
-    fn advance(&self, order: Order) {
-        let mut last = self.lock();
-        *last = order.max(*last);
-        self.changed.notify_all();
-    }
-
-    fn now(&self) -> Order {
-        *self.lock()
-    }
-
-    /// Waits until there is another order than `Precopy`, or until the time.
-    fn wait_past_precopy(&self, until_ns: u64) -> Order {
-        let mut last = self.lock();
-        loop {
-            let left = until_ns.saturating_sub(now_ns());
-            if *last != Order::Precopy || left == 0 {
-                return *last;
-            }
-            let waited = self.changed.wait_timeout(last, Duration::from_nanos(left));
-            last = waited.unwrap_or_else(|poisoned| poisoned.into_inner()).0;
-        }
-    }
-
-    fn wait_past_cut(&self) -> Order {
-        let mut last = self.lock();
-        while *last <= Order::Cut {
-            let waited = self.changed.wait(last);
-            last = waited.unwrap_or_else(|poisoned| poisoned.into_inner());
-        }
-        *last
-    }
-}
-
 /// Runs the worker for the domain called `name`; `engine` is the socket to the
 /// engine. Everything that can be told goes through it, so the result only
 /// says whether to exit 0.
@@ -165,7 +109,9 @@ fn prepare_and_capture(
         directory,
         policy,
         final_buffer_bytes,
+        memory_bytes,
         holds,
+        disks,
     }) = first
     else {
         // Called off, or a dry run: nothing was touched.
@@ -178,14 +124,14 @@ fn prepare_and_capture(
         rendezvous: take_rendezvous().map_err(|error| sentence(&error))?,
     };
     set_helper_environment(helpers, &helper);
-    let orders = Arc::new(Orders {
-        last: Mutex::new(Order::Precopy),
-        changed: Condvar::new(),
-    });
+    let orders = Arc::new(Orders::new());
     follow_orders(orders_in, Arc::clone(&orders));
+    let limited = memory_bytes.map(|bytes| MemoryShare::from_bytes(bytes).writer());
+    let limited = limited.unwrap_or_default();
     let options = WriterOptions {
-        held_bytes_max: final_buffer_bytes,
-        ..WriterOptions::default()
+        held_bytes_max: final_buffer_bytes.min(limited.held_bytes_max),
+        key: host_key().map_err(|error| sentence(&error))?,
+        ..limited
     };
     let member = Name::new(&facts.name).map_err(|error| sentence(&error))?;
     let writer =
@@ -198,7 +144,7 @@ fn prepare_and_capture(
         engine,
         &orders,
         policy,
-        (writer, watched),
+        (writer, watched, disks),
     )?;
     messages::send(engine, &Event::Cut(times)).map_err(|error| sentence(&error))?;
 
@@ -208,6 +154,12 @@ fn prepare_and_capture(
     let stored = writer
         .finish(&facts.config_json)
         .map_err(|error| sentence(&error))?;
+    if disks {
+        let settled = orders.wait_settled();
+        if settled.map_err(|why| format!("{}: {why}", facts.name))? == Order::Abort {
+            return Ok(());
+        }
+    }
     messages::send(engine, &Event::Stored(Box::new(stored))).map_err(|error| sentence(&error))
 }
 
@@ -217,6 +169,8 @@ fn follow_orders(mut orders_in: BufReader<UnixStream>, orders: Arc<Orders>) {
     std::thread::spawn(move || loop {
         match messages::receive(&mut orders_in) {
             Ok(Some(Command::Cut)) => orders.advance(Order::Cut),
+            Ok(Some(Command::Disks { why })) => orders.disks(Order::Disks, why),
+            Ok(Some(Command::Settled { why })) => orders.disks(Order::Settled, why),
             Ok(Some(Command::Finalise)) => orders.advance(Order::Finalise),
             Ok(Some(Command::Precopy { .. })) => log::warn!("a second order to begin"),
             Ok(Some(Command::Abort) | None) | Err(_) => {
@@ -244,7 +198,7 @@ fn capture(
     engine: &UnixStream,
     orders: &Arc<Orders>,
     policy: PolicyConfig,
-    (writer, watched): (MemberWriter, Watched),
+    (writer, watched, disks): (MemberWriter, Watched, bool),
 ) -> Result<(CutTimes, MemberWriter), String> {
     let (stream_out, stream_in) = stream_pipe().map_err(|error| sentence(&error))?;
     let last_pages = LastPages {
@@ -279,6 +233,13 @@ fn capture(
     let saved = xl.suspend_live(facts.domid, stream_in.as_fd());
     let saved_ns = now_ns();
     let asked = asked.load(Ordering::Acquire);
+    // The engine has them captured since it knows that the guest has stopped: here no
+    // other process may be started while libxl works.
+    let captured = match disks && saved.is_ok() {
+        true => orders.wait_for_disks(),
+        false => Ok(()),
+    };
+    let disks_ns = now_ns();
     // The last moment at which all that it has sent was sent before its cut.
     let sent = watched
         .lock()
@@ -308,6 +269,7 @@ fn capture(
     if !asker.stopped {
         return Err(format!("{}: saved without a suspend", facts.name));
     }
+    captured.map_err(|why| format!("{}: {why}", facts.name))?;
     let network = |error| format!("{}: {}", facts.name, sentence(&error));
     let counted = asker.at_stop.transpose().map_err(network)?;
     let counted = counted.map_or(0, |stopped| stopped.sent);
@@ -323,6 +285,7 @@ fn capture(
         pages_done_ns: last_pages.done_ns.load(Ordering::Relaxed),
         final_pages: last_pages.writer.pages_final(),
         saved_ns,
+        disks_ns: if disks { disks_ns } else { saved_ns },
         resumed_ns,
         stream_bytes,
         ..asker.times
@@ -548,6 +511,9 @@ impl Asker {
             if let Err(error) = messages::send(&self.engine, &told) {
                 log::debug!("cannot report the cut: {error}");
             }
+        } else {
+            // Of a cut that isn't reported nobody captures disks.
+            self.orders.disks(Order::Disks, None);
         }
         self.at_stop = Some(seen);
     }
@@ -578,8 +544,8 @@ impl Asker {
         match order {
             Order::Precopy => Decision::Continue,
             Order::Cut => Decision::StopAndCopy,
-            // Finalise can't come before a cut.
-            Order::Finalise | Order::Abort => Decision::Abort,
+            // The others can't come before a cut.
+            Order::Disks | Order::Finalise | Order::Settled | Order::Abort => Decision::Abort,
         }
     }
 }

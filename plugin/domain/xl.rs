@@ -7,7 +7,11 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 
 use libxl_sys as sys;
 
-use super::DomainFacts;
+use super::{DomainFacts, HostFacts};
+use crate::cpu::CpuFeatures;
+
+/// KiB of a page.
+const PAGE_KIB: u64 = 4;
 
 extern "C" {
     /// `c-shim/recover.h`.
@@ -173,6 +177,7 @@ impl Xl {
         }
         let mut facts = self.facts(name, domid, state)?;
         facts.cap = self.cap(domid)?;
+        facts.host_cpu = Some(self.with_physinfo(|info| CpuFeatures::of_host(&info.hw_cap))?);
         Ok(facts)
     }
 
@@ -220,6 +225,37 @@ impl Xl {
                 code => Err(failed("limit a domain's processors", code)),
             }
         })
+    }
+
+    /// What this host has for domains, and which of `names` are domains' already.
+    pub fn host_facts(&self, names: &[String]) -> Result<HostFacts, Error> {
+        let taken = names.iter().filter(|name| self.find(name).is_ok());
+        let taken = taken.cloned().collect();
+        let dom0_kib = self.state(0)?.memory_kib;
+        let xen_version = self.xen_version();
+        self.with_physinfo(|info| HostFacts {
+            xen_version,
+            free_kib: info.free_pages.saturating_add(info.scrub_pages) * PAGE_KIB,
+            dom0_kib,
+            cpu: CpuFeatures::of_host(&info.hw_cap),
+            pv: info.cap_pv,
+            hvm: info.cap_hvm,
+            taken,
+        })
+    }
+
+    fn with_physinfo<T>(&self, look: impl FnOnce(&sys::libxl_physinfo) -> T) -> Result<T, Error> {
+        let mut info = MaybeUninit::<sys::libxl_physinfo>::uninit();
+        // SAFETY: libxl_physinfo_init writes every field of the struct.
+        unsafe { sys::libxl_physinfo_init(info.as_mut_ptr()) };
+        // SAFETY: ctx is live; info is initialised and stays in place.
+        let rc = unsafe { sys::libxl_get_physinfo(self.ctx, info.as_mut_ptr()) };
+        // SAFETY: initialised above, and libxl keeps it valid on failure too.
+        let mut info = unsafe { info.assume_init() };
+        let result = check("read what the host has", rc).map(|()| look(&info));
+        // SAFETY: info was initialised by libxl and is disposed of once.
+        unsafe { sys::libxl_physinfo_dispose(&mut info) };
+        result
     }
 
     fn with_sched_params<T>(

@@ -4,19 +4,22 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use super::complete;
 use super::error::Error;
 use super::files::{self, Lock};
 use super::manifest::{Manifest, Member, MANIFEST_BYTES_MAX, MANIFEST_NAME};
 use super::name::{Name, SnapshotId};
 use super::packs::Packs;
 use super::reader::MemberReader;
+use super::seal::FILE_BYTES;
 use super::store::{self, is_not_found, Store};
 use super::sweep::{self, Effort, Swept};
 use super::Result;
+use crate::disk::{self, Piece};
 use crate::sentence::sentence;
 
 /// How long a process may take from being forked to running its program.
-const STARTING_MAX: Duration = Duration::from_millis(300);
+pub(super) const STARTING_MAX: Duration = Duration::from_millis(300);
 
 /// Lists, finds and removes snapshots.
 #[derive(Clone, Debug)]
@@ -257,7 +260,7 @@ fn entries(dir: &Path) -> Result<Vec<(PathBuf, String)>> {
 /// are complete.
 fn read_manifest(dir: &Path, vne: &Name, id: &SnapshotId, packs: &Packs) -> Result<Manifest> {
     let path = dir.join(MANIFEST_NAME);
-    let bytes = match files::read_file(&path, MANIFEST_BYTES_MAX) {
+    let bytes = match packs.vault().read_file(&path, MANIFEST_BYTES_MAX) {
         Err(error) if is_not_found(&error) => {
             return Err(Error::damaged(dir, "it has no manifest"));
         }
@@ -271,7 +274,7 @@ fn read_manifest(dir: &Path, vne: &Name, id: &SnapshotId, packs: &Packs) -> Resu
         );
         return Err(Error::damaged(&path, problem));
     }
-    store::check_files(dir, &manifest, packs)?;
+    complete::check_files(dir, &manifest, packs)?;
     Ok(manifest)
 }
 
@@ -295,6 +298,10 @@ impl Snapshot {
         &self.dir
     }
 
+    pub(super) fn packs(&self) -> &Packs {
+        &self.packs
+    }
+
     /// Opens a member, checking all but the pages' contents.
     ///
     /// # Errors
@@ -306,11 +313,11 @@ impl Snapshot {
     }
 
     /// The entry of a member that is stored here.
-    fn entry(&self, name: &Name) -> Result<&Member> {
+    pub(super) fn entry(&self, name: &Name) -> Result<&Member> {
         let manifest = &self.manifest;
         let member = manifest.members.iter().find(|member| member.name == *name);
         match member {
-            Some(member) if member.host != manifest.host => Err(Error::Elsewhere {
+            Some(member) if !manifest.has(member) => Err(Error::Elsewhere {
                 member: name.clone(),
                 host: member.host.clone(),
             }),
@@ -335,14 +342,55 @@ impl Snapshot {
             return Ok(None);
         };
         let path = store::member_dir(&self.dir, name).join(store::FRAMES_NAME);
-        if recorded.file.length > store::FRAMES_BYTES_MAX {
+        if recorded.file.length > store::FRAMES_BYTES_MAX + FILE_BYTES {
             let problem = format!("it is longer than {} bytes", store::FRAMES_BYTES_MAX);
             return Err(Error::damaged(&path, problem));
         }
-        files::read_checked(&path, &recorded.file).map(Some)
+        self.packs
+            .vault()
+            .read_checked(&path, &recorded.file)
+            .map(Some)
     }
 
-    /// Reads everything and compares it with its hashes.
+    /// The captured disks of a member, all there.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoMember`], [`Error::Elsewhere`]; [`Error::Disks`] if one is missing,
+    /// as in a snapshot that was copied from elsewhere.
+    pub fn disks(&self, name: &Name) -> Result<&[Piece]> {
+        let disks = &self.entry(name)?.disks;
+        if disks.is_empty() {
+            return Ok(disks);
+        }
+        let failed = || Error::disks(&self.dir);
+        let listed = disk::read_list(&self.dir).map_err(failed())?;
+        let listed = listed.unwrap_or_default();
+        for piece in disks {
+            if !listed.contains(piece) {
+                let why = format!(
+                    "{} of {name} isn't kept with this copy of the snapshot (restore it where it \
+                     was taken, or put the disk there yourself)",
+                    piece.vdev
+                );
+                return Err(failed()(disk::Error::Unfit(why)));
+            }
+            piece.check().map_err(failed())?;
+        }
+        Ok(disks)
+    }
+
+    /// Whether the captured disks of a member that are kept with this copy of the
+    /// snapshot are all there.
+    pub(super) fn check_disks(&self, name: &Name) -> Result<()> {
+        match disk::read_list(&self.dir).map_err(Error::disks(&self.dir))? {
+            Some(_) => self.disks(name).map(drop),
+            None => Ok(()),
+        }
+    }
+
+    /// Reads everything and compares it with its hashes; disks have none, and are
+    /// only looked for.
     ///
     /// # Errors
     ///
@@ -351,6 +399,7 @@ impl Snapshot {
         for member in self.manifest.members_here() {
             self.member(&member.name)?.verify()?;
             self.recorded_frames(&member.name)?;
+            self.check_disks(&member.name)?;
         }
         Ok(())
     }

@@ -105,11 +105,16 @@ impl Checker {
             other => other,
         };
         note(snapshot.recorded_frames(&member.name).map(drop))?;
+        note(snapshot.check_disks(&member.name))?;
         if snapshot.manifest().format == 1 {
             return note(snapshot.member(&member.name).and_then(|m| m.verify()));
         }
-        note(reader::check_files(snapshot.dir(), member))?;
-        match reader::read_map(snapshot.dir(), member) {
+        note(reader::check_files(
+            self.packs.vault(),
+            snapshot.dir(),
+            member,
+        ))?;
+        match reader::read_map(self.packs.vault(), snapshot.dir(), member) {
             Ok(map) => self.pages(&map, &member.name, found, progress),
             Err(error) => note(Err(error)),
         }
@@ -192,8 +197,7 @@ impl Checker {
         if self.known.contains_key(id) {
             return Ok(());
         }
-        let path = self.packs.path(id);
-        let health = match Pack::open(&path, Some(id)) {
+        let health = match self.packs.open(id) {
             Ok(pack) => {
                 self.bytes += pack.file.metadata().map_or(0, |facts| facts.len());
                 check(&pack)?

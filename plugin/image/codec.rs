@@ -64,6 +64,29 @@ impl Unpacker {
     }
 }
 
+impl Unpacker {
+    /// Unpacks bytes that came from elsewhere into [`Unpacker::pages`]; `Err` says
+    /// what is wrong with them. They must be `count` pages, and can't become more.
+    pub(crate) fn unpack_bytes(
+        &mut self,
+        bytes: &[u8],
+        count: usize,
+    ) -> std::result::Result<(), &'static str> {
+        self.pages.resize(count * PAGE_SIZE, 0);
+        let unpacked = self.zstd.decompress_to_buffer(bytes, &mut self.pages);
+        match unpacked {
+            Ok(length) if length == self.pages.len() => Ok(()),
+            _ => Err("it can't be unpacked"),
+        }
+    }
+}
+
+impl std::fmt::Debug for Unpacker {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Unpacker")
+    }
+}
+
 /// Packs frames, with what that needs in memory.
 pub(crate) struct Compressor(zstd::bulk::Compressor<'static>);
 
@@ -89,5 +112,11 @@ impl Compressor {
         packed.reserve(FRAME_LENGTH_MAX);
         let result = self.0.compress_to_buffer(pages, packed);
         result.map(drop).map_err(Error::io("compress", path))
+    }
+}
+
+impl std::fmt::Debug for Compressor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Compressor")
     }
 }

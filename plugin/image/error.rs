@@ -96,6 +96,35 @@ pub enum Error {
         path: PathBuf,
     },
 
+    /// The host's limit leaves the members too little.
+    #[error("store_memory_mib = {limit_mib} in vne.conf is too little for {members} members: they need {needed_mib}")]
+    TooLittleMemory {
+        /// The limit.
+        limit_mib: u64,
+        /// How many there are.
+        members: u64,
+        /// What they need at least.
+        needed_mib: u64,
+    },
+
+    /// A key that can't be used.
+    #[error("{what} gives no key: {problem}")]
+    BadKey {
+        /// The file or command.
+        what: String,
+        /// Why.
+        problem: String,
+    },
+
+    /// A file is encrypted, and can't be decrypted here.
+    #[error("{} is {problem}", path.display())]
+    Locked {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        problem: String,
+    },
+
     /// A file of a snapshot isn't what was written.
     #[error("{} is damaged: {problem}", path.display())]
     Damaged {
@@ -138,6 +167,16 @@ pub enum Error {
         problem: String,
     },
 
+    /// Captured disks can't be used or removed.
+    #[error("the disks of {}", path.display())]
+    Disks {
+        /// The snapshot's directory.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: crate::disk::Error,
+    },
+
     /// The regenerated stream couldn't be built or written.
     #[error("cannot write member {member} as a stream")]
     Stream {
@@ -166,6 +205,11 @@ impl Error {
         }
     }
 
+    pub(crate) fn disks(dir: &Path) -> impl FnOnce(crate::disk::Error) -> Self {
+        let path = dir.to_owned();
+        move |source| Error::Disks { path, source }
+    }
+
     pub(crate) fn unstorable(what: impl Into<String>, problem: impl Into<String>) -> Self {
         Error::Unstorable {
             what: what.into(),
@@ -177,7 +221,10 @@ impl Error {
     pub fn is_damage(&self) -> bool {
         matches!(
             self,
-            Error::Damaged { .. } | Error::DamagedPages { .. } | Error::Newer { .. }
+            Error::Damaged { .. }
+                | Error::DamagedPages { .. }
+                | Error::Newer { .. }
+                | Error::Disks { .. }
         )
     }
 

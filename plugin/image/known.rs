@@ -111,6 +111,8 @@ pub(crate) struct KnownPack {
     /// Locked shared: it stays.
     file: File,
     hashes_offset: u64,
+    /// Of a pack that is encrypted: its table can't be read in pieces.
+    hashes: Option<Vec<Hash>>,
 }
 
 /// The store's pages.
@@ -122,6 +124,8 @@ pub(crate) struct Known {
     /// Pages of all known packs.
     total: u32,
     bytes_max: usize,
+    /// Bytes of hashes that are kept.
+    hashes_bytes: usize,
     /// Hashes that were read last, and the number of the first.
     cache: (u32, Vec<Hash>),
 }
@@ -135,6 +139,7 @@ impl Known {
             prints: Fingerprints::default(),
             total: 0,
             bytes_max,
+            hashes_bytes: 0,
             cache: (0, Vec::new()),
         }
     }
@@ -167,7 +172,9 @@ impl Known {
     }
 
     fn has_room(&self, more: usize) -> bool {
-        Fingerprints::bytes_for(self.prints.count + more) <= self.bytes_max
+        let each = if self.packs.vault().seals() { 32 } else { 0 };
+        let hashes = self.hashes_bytes + each * more;
+        Fingerprints::bytes_for(self.prints.count + more) + hashes <= self.bytes_max
     }
 
     fn learn_pack(&mut self, id: PackId) -> Result<()> {
@@ -176,7 +183,12 @@ impl Known {
         if !try_lock_pack(&file, &path, Lock::Shared)? {
             return Ok(());
         }
-        let pack = Pack::of(file, &path, Some(&id))?;
+        let vault = self.packs.vault();
+        let pack = Pack::of(file, &path, Some(&id), vault)?;
+        // What is encrypted mustn't lean on what isn't, nor show by that what it has.
+        if pack.sealer.is_some() != vault.seals() {
+            return Ok(());
+        }
         let table = pack.table;
         let last = self.total.checked_add(table.pages());
         let Some(total) = last.filter(|_| self.has_room(table.hashes.len())) else {
@@ -189,11 +201,15 @@ impl Known {
             }
         }
         let length = pack.file.metadata().map_err(Error::io("look at", &path))?;
+        let pages = table.pages();
+        let hashes = pack.sealer.is_some().then_some(table.hashes);
+        self.hashes_bytes += hashes.as_ref().map_or(0, |hashes| hashes.len() * 32);
         self.known.push(KnownPack {
             id,
-            pages: table.pages(),
+            pages,
+            hashes,
             first: self.total,
-            hashes_offset: hashes_offset(length.len(), table.pages()),
+            hashes_offset: hashes_offset(length.len(), pages),
             file: pack.file,
         });
         self.total = total;
@@ -228,6 +244,9 @@ impl Known {
         }
         let (_, pack) = self.pack_of(number)?;
         let page = number - pack.first;
+        if let Some(hashes) = &pack.hashes {
+            return hashes.get(page as usize).copied();
+        }
         let count = READ_HASHES.min(pack.pages - page) as usize;
         let mut bytes = vec![0; count * 32];
         let offset = pack.hashes_offset + u64::from(page) * 32;

@@ -13,6 +13,8 @@ use super::name::{Name, SnapshotId};
 use super::pack::PackId;
 use super::timeline::Timeline;
 use super::Result;
+use crate::cpu::CpuFeatures;
+use crate::disk::Piece;
 
 /// The version of the snapshot format that this program writes.
 pub const FORMAT: u32 = 2;
@@ -54,6 +56,10 @@ pub struct Manifest {
     pub label: Option<String>,
     /// The cut as a whole.
     pub cut: Cut,
+    /// The hosts whose members are stored beside this copy, where that isn't `host`
+    /// alone: some were copied here.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub stored: Vec<Name>,
     /// The members, in the VNE's order.
     pub members: Vec<Member>,
 }
@@ -108,6 +114,10 @@ pub struct Member {
     pub memory_kib: u64,
     /// Its virtual CPUs.
     pub vcpus: u32,
+    /// What it had of the host that it ran on; not of snapshots that were taken by
+    /// versions that didn't keep it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ran_on: Option<RanOn>,
     /// How long it stood still, by phase.
     pub downtime: Downtime,
     /// Rounds of pre-copy, the last one while suspended included.
@@ -129,6 +139,14 @@ pub struct Member {
     /// in the snapshot.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub uncaptured_disks: Vec<String>,
+    /// The guest's names for the disks that it could only read: they aren't in
+    /// the snapshot, and needn't be.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub read_only_disks: Vec<String>,
+    /// The disks that were captured. They are where the originals are, on the
+    /// member's host.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<Piece>,
     /// Frames that came for it while it was suspended: the running guest got
     /// them, and they aren't in the snapshot.
     #[serde(default, skip_serializing_if = "is_zero")]
@@ -142,6 +160,20 @@ pub struct Member {
     pub timeline: Option<Timeline>,
     /// What is stored.
     pub image: MemberImage,
+}
+
+/// What a member had of the host that it ran on, for whoever restores it elsewhere.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RanOn {
+    /// Its processors' features.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_features: Option<CpuFeatures>,
+    /// The bridges that its network interfaces were on.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub bridges: Vec<String>,
+    /// Where the disks are that aren't in the snapshot.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<String>,
 }
 
 /// A member's part of the channel state.
@@ -162,6 +194,9 @@ pub struct Downtime {
     pub last_pages_ns: u64,
     /// CPU and device state.
     pub device_state_ns: u64,
+    /// Waiting for the disks to be captured, which begins with the last pages.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub disks_ns: u64,
     /// Resume.
     pub resume_ns: u64,
 }
@@ -169,9 +204,14 @@ pub struct Downtime {
 impl Downtime {
     /// All phases together, in ns.
     pub fn total_ns(&self) -> u64 {
-        [self.last_pages_ns, self.device_state_ns, self.resume_ns]
-            .into_iter()
-            .fold(self.suspend_ns, u64::saturating_add)
+        [
+            self.last_pages_ns,
+            self.device_state_ns,
+            self.disks_ns,
+            self.resume_ns,
+        ]
+        .into_iter()
+        .fold(self.suspend_ns, u64::saturating_add)
     }
 }
 
@@ -185,6 +225,9 @@ pub struct MemberImage {
     /// The packs that have its pages.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub packs: Vec<PackId>,
+    /// The processor features that the guest was shown, where its stream says so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_features: Option<CpuFeatures>,
 }
 
 /// Counts of one member's ingest.
@@ -249,15 +292,34 @@ pub struct FileFacts {
 impl Manifest {
     /// The members that are stored beside this copy.
     pub fn members_here(&self) -> impl Iterator<Item = &Member> {
-        self.members
-            .iter()
-            .filter(|member| member.host == self.host)
+        self.members.iter().filter(|member| self.has(member))
+    }
+
+    /// Whether a member is stored beside this copy.
+    pub(crate) fn has(&self, member: &Member) -> bool {
+        match self.stored.is_empty() {
+            true => member.host == self.host,
+            false => self.stored.contains(&member.host),
+        }
+    }
+
+    /// The members that ran on this copy's host. Others that are stored here too
+    /// have their own host act for them.
+    pub fn members_of_host(&self) -> impl Iterator<Item = &Member> {
+        let of_host = |member: &&Member| member.host == self.host;
+        self.members_here().filter(of_host)
+    }
+
+    /// Whether all that is stored here was copied here.
+    pub fn is_copy(&self) -> bool {
+        !self.stored.is_empty() && !self.stored.contains(&self.host)
     }
 
     /// The same for another host.
     pub fn of_host(&self, host: &Name) -> Self {
         Self {
             host: host.clone(),
+            stored: Vec::new(),
             ..self.clone()
         }
     }
@@ -274,11 +336,7 @@ impl Manifest {
     pub(crate) fn encode(&self) -> Result<Vec<u8>> {
         let unstorable = |problem: String| Error::unstorable("the manifest", problem);
         let pretty = serde_json::to_string_pretty(self).map_err(|e| unstorable(e.to_string()))?;
-        let mut text = pretty.strip_suffix("\n}").unwrap_or(&pretty).to_owned();
-        let checksum = blake3::hash(text.as_bytes()).to_hex();
-        text.push_str(CHECKSUM_FIELD);
-        text.push_str(&checksum);
-        text.push_str(CHECKSUM_END);
+        let text = Self::with_checksum(pretty.strip_suffix("\n}").unwrap_or(&pretty));
         if text.len() as u64 > MANIFEST_BYTES_MAX {
             return Err(unstorable(format!(
                 "it is longer than {MANIFEST_BYTES_MAX} bytes"
@@ -289,6 +347,12 @@ impl Manifest {
             Ok(read) if read == *self => Ok(text.into_bytes()),
             _ => Err(unstorable("it does not survive being written".to_owned())),
         }
+    }
+
+    /// An object that isn't closed yet, with its checksum.
+    pub(super) fn with_checksum(object: &str) -> String {
+        let checksum = blake3::hash(object.as_bytes()).to_hex();
+        [object, CHECKSUM_FIELD, &checksum, CHECKSUM_END].concat()
     }
 
     /// Reads the bytes of the file at `path` (for the error only), checking the
@@ -344,6 +408,7 @@ pub(crate) mod tests {
                 at_ns: vec![0],
                 hold_ns: 2,
             },
+            stored: Vec::new(),
             members: vec![sample_member("web-1")],
         }
     }
@@ -357,10 +422,12 @@ pub(crate) mod tests {
             domain_type: DomainType::Pvh,
             memory_kib: 262_144,
             vcpus: 2,
+            ran_on: None,
             downtime: Downtime {
                 suspend_ns: 61_000_000,
                 last_pages_ns: 20_000_000,
                 device_state_ns: 9_000_000,
+                disks_ns: 0,
                 resume_ns: 14_000_000,
             },
             rounds: 12,
@@ -370,6 +437,8 @@ pub(crate) mod tests {
             diverged: false,
             throttled_to: None,
             uncaptured_disks: Vec::new(),
+            read_only_disks: Vec::new(),
+            disks: Vec::new(),
             late_frames: 0,
             recorded: None,
             timeline: None,
@@ -377,6 +446,7 @@ pub(crate) mod tests {
                 stats: MemberStats::default(),
                 files: Vec::new(),
                 packs: Vec::new(),
+                cpu_features: None,
             },
         }
     }

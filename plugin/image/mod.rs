@@ -10,6 +10,7 @@
 //!       index                        which page is where in which pack
 //!   packs/ID                         pages, compressed, each one once
 //!   tmp/take.VNE.ID/                 a snapshot being taken
+//!   tmp/copy.VNE.ID/                 one that comes from another store
 //!   tmp/removed.VNE.ID.N/            one being deleted
 //! ```
 //!
@@ -47,34 +48,49 @@
 //! `tmp/` itself is locked while an entry is made or looked at, so that none is
 //! seen between its `mkdir` and its lock.
 
+mod arriving;
+mod batch;
 mod bits;
 mod catalogue;
 mod check;
 mod codec;
+mod complete;
 mod diff;
+mod ends;
 mod error;
 mod files;
+#[cfg(any(test, feature = "fuzz"))]
+pub mod fuzz;
+mod garbage;
 mod held;
+mod incoming;
 mod index;
+mod join;
+mod key;
 mod known;
 mod manifest;
 mod map;
+mod memory;
 mod name;
+mod outgoing;
 mod pack;
 mod packer;
 mod packs;
+mod placing;
 mod prune;
 mod publish;
 mod reader;
 mod records;
 mod replay;
 mod rewrite;
+mod seal;
 mod sizes;
 mod slots;
 mod slotted;
 mod store;
 mod sweep;
 mod table;
+mod take;
 mod timeline;
 mod writer;
 
@@ -85,18 +101,24 @@ pub use catalogue::{Catalogue, Damaged, Listing, Names, Snapshot};
 pub use check::{Checker, Progress};
 pub use diff::{diff, MemberDiff};
 pub use error::Error;
+pub use garbage::Cleaned;
+pub use incoming::{Incoming, IncomingLimits, Received};
+pub use key::{find_host_key, host_key, FindKey, Key, KeySource};
 pub use manifest::{
-    Cut, DomainType, Downtime, FileFacts, Manifest, Member, MemberImage, MemberStats, Recorded,
-    FORMAT, FORMAT_MIN, MANIFEST_BYTES_MAX, MANIFEST_NAME,
+    Cut, DomainType, Downtime, FileFacts, Manifest, Member, MemberImage, MemberStats, RanOn,
+    Recorded, FORMAT, FORMAT_MIN, MANIFEST_BYTES_MAX, MANIFEST_NAME,
 };
+pub use memory::MemoryShare;
 pub use name::{Name, SnapshotId, StoreId, NAME_BYTES_MAX};
+pub use outgoing::{Batch, OutgoingMember, SentFrame};
 pub use pack::PackId;
 pub use prune::Rule;
 pub use reader::{MemberReader, ReplayError};
 pub use sizes::Sizes;
-pub use store::{free_bytes, Cleaned, Store, Take, DEFAULT_ROOT};
+pub use store::{free_bytes, Store, DEFAULT_ROOT};
 pub use sweep::Swept;
 pub use table::PFN_COUNT_MAX;
+pub use take::Take;
 pub use timeline::{few as few_rounds, Timeline, TimelineRound, ROUNDS_MAX};
 pub use writer::{MemberHandle, MemberWriter, WriterOptions, RECORDS_BYTES_MAX};
 

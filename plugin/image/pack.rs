@@ -16,19 +16,23 @@ use serde::{Deserialize, Serialize};
 use twox_hash::XxHash3_128;
 
 use super::bits::Bits;
+use super::ends::{
+    decode_frame, read_at, word_at, Broken, Ends, Header, END_MAGIC, FOOTER_BYTES, MAGIC, VERSION,
+    VERSION_SEALED,
+};
 use super::error::Error;
+use super::seal::{Sealer, Vault, SEALED_BYTES};
 use super::Result;
 use crate::stream::PAGE_SIZE;
 
-const MAGIC: [u8; 8] = *b"xlvnePAK";
-const END_MAGIC: [u8; 8] = *b"xlvneEND";
-const VERSION: u32 = 1;
+/// What is encrypted as what.
+const FRAME_ROLE: &[u8] = b"xl-vne frame";
+const TABLE_ROLE: &[u8] = b"xl-vne table";
 
 /// Bytes ahead of the first frame.
 pub(crate) const HEADER_BYTES: u64 = 32;
-const FRAME_BYTES: usize = 40;
-const HASH_BYTES: usize = 32;
-const FOOTER_BYTES: usize = 64;
+pub(super) const FRAME_BYTES: usize = 40;
+pub(super) const HASH_BYTES: usize = 32;
 
 /// Pages that are compressed together, at most: 256 KiB. Fewer compress worse,
 /// more make it dearer to get one of them, and to give one up.
@@ -157,18 +161,40 @@ impl Table {
         there.take(frame.count as usize)
     }
 
-    /// The bytes of a pack file ahead of its frames.
-    pub(crate) fn header(nonce: &[u8; 16]) -> Vec<u8> {
+    /// The bytes of a pack file ahead of its frames; of one that is encrypted, with
+    /// what it needs.
+    pub(crate) fn header(nonce: &[u8; 16], sealer: Option<&Sealer>) -> Vec<u8> {
         let mut bytes = MAGIC.to_vec();
-        bytes.extend_from_slice(&VERSION.to_le_bytes());
-        bytes.extend_from_slice(&0_u32.to_le_bytes());
-        bytes.extend_from_slice(nonce);
+        match sealer {
+            None => {
+                bytes.extend_from_slice(&VERSION.to_le_bytes());
+                bytes.extend_from_slice(&0_u32.to_le_bytes());
+                bytes.extend_from_slice(nonce);
+            }
+            Some(sealer) => {
+                bytes.extend_from_slice(&VERSION_SEALED.to_le_bytes());
+                bytes.extend(sealer.key_id.0.iter().take(4));
+                bytes.extend_from_slice(&sealer.salt);
+            }
+        }
         bytes
     }
 
     /// The bytes of a pack file behind its frames, which end at `offset`.
-    pub(crate) fn encode(&self, offset: u64) -> Vec<u8> {
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] if there are no random numbers.
+    pub(crate) fn encode(
+        &self,
+        offset: u64,
+        sealer: Option<&Sealer>,
+        path: &Path,
+    ) -> Result<Vec<u8>> {
         let mut bytes = Vec::with_capacity(self.encoded_bytes());
+        if sealer.is_some() {
+            bytes.extend_from_slice(&self.nonce);
+        }
         bytes.extend_from_slice(&self.pages().to_le_bytes());
         bytes.extend_from_slice(&(self.frames.len() as u32).to_le_bytes());
         for frame in &self.frames {
@@ -180,6 +206,9 @@ impl Table {
         }
         bytes.extend_from_slice(self.present.bytes());
         bytes.extend(self.hashes.iter().flatten());
+        if let Some(sealer) = sealer {
+            sealer.seal(&mut bytes, TABLE_ROLE, path)?;
+        }
         let length = bytes.len() as u64;
         bytes.extend_from_slice(&offset.to_le_bytes());
         bytes.extend_from_slice(&length.to_le_bytes());
@@ -187,11 +216,13 @@ impl Table {
         bytes.extend_from_slice(&END_MAGIC);
         let hash = blake3::hash(&bytes);
         bytes.extend_from_slice(hash.as_bytes());
-        bytes
+        Ok(bytes)
     }
 
     fn encoded_bytes(&self) -> usize {
-        8 + self.frames.len() * FRAME_BYTES
+        16 + SEALED_BYTES
+            + 8
+            + self.frames.len() * FRAME_BYTES
             + self.present.bytes().len()
             + self.hashes.len() * HASH_BYTES
             + FOOTER_BYTES
@@ -199,10 +230,15 @@ impl Table {
 
     /// Reads and checks the table of `file`, which must be named `id` if that is
     /// known; `Err` says what is wrong.
-    fn read(file: &File, id: Option<&PackId>) -> std::result::Result<Self, Broken> {
+    fn read(
+        file: &File,
+        path: &Path,
+        id: Option<&PackId>,
+        vault: &Vault,
+    ) -> std::result::Result<(Self, Option<Sealer>), Broken> {
         let length = file.metadata().map_err(Broken::Io)?.len();
         let Ends {
-            nonce,
+            header,
             offset,
             bytes,
             footer,
@@ -215,11 +251,22 @@ impl Table {
         if footer.get(32..) != Some(hasher.finalize().as_bytes()) {
             return Err("its table isn't what was written".into());
         }
-        let table = Self::decode(nonce, &table, offset)?;
+        let sealer = header.sealer(vault, path).map_err(Broken::Other)?;
+        let (table, sealer) = match (header, sealer) {
+            (Header::Plain { nonce }, _) => (Self::decode(nonce, &table, offset)?, None),
+            (Header::Sealed { .. }, sealer) => {
+                let sealer = sealer.ok_or("it can't be decrypted")?;
+                sealer.open(&mut table, TABLE_ROLE)?;
+                let (nonce, table) = table
+                    .split_first_chunk()
+                    .ok_or_else(|| Broken::from("its table is cut short"))?;
+                (Self::decode(*nonce, table, offset)?, Some(sealer))
+            }
+        };
         if id.is_some_and(|id| table.id() != *id) {
             return Err("it is another pack than its name says".into());
         }
-        Ok(table)
+        Ok((table, sealer))
     }
 
     fn decode(nonce: [u8; 16], bytes: &[u8], end: u64) -> std::result::Result<Self, Broken> {
@@ -290,109 +337,23 @@ impl Table {
     }
 }
 
-/// What stands at a file's beginning and end.
-struct Ends {
-    nonce: [u8; 16],
-    /// Where the table begins.
-    offset: u64,
-    /// The table's bytes.
-    bytes: u64,
-    footer: [u8; FOOTER_BYTES],
-}
-
-impl Ends {
-    fn read(file: &File, length: u64) -> std::result::Result<Self, Broken> {
-        let mut header = [0; HEADER_BYTES as usize];
-        let mut footer = [0; FOOTER_BYTES];
-        let footer_at = length
-            .checked_sub(FOOTER_BYTES as u64)
-            .filter(|&at| at >= HEADER_BYTES)
-            .ok_or(Broken::from("it is too short to be a pack"))?;
-        read_at(file, &mut header, 0)?;
-        read_at(file, &mut footer, footer_at)?;
-        let (offset, bytes) = (number_at(&footer, 0), number_at(&footer, 8));
-        let is_end = footer.get(24..32) == Some(&END_MAGIC) && number_at(&footer, 16) == 0;
-        // As many pages as there may be, each in a frame of its own.
-        let bytes_max = PACK_PAGES_MAX * (FRAME_BYTES + HASH_BYTES + 1) as u64;
-        if !is_end || bytes > bytes_max || offset.checked_add(bytes) != Some(footer_at) {
-            return Err("it doesn't end as a pack does".into());
-        }
-        Ok(Ends {
-            nonce: check_header(&header)?,
-            offset,
-            bytes,
-            footer,
-        })
+/// Encrypts a frame in place, if its pack is encrypted.
+pub(crate) fn seal_frame(bytes: &mut Vec<u8>, sealer: Option<&Sealer>, path: &Path) -> Result<()> {
+    match sealer {
+        Some(sealer) => sealer.seal(bytes, FRAME_ROLE, path),
+        None => Ok(()),
     }
 }
 
-/// Why a table can't be had.
-enum Broken {
-    Io(std::io::Error),
-    Problem(String),
-}
-
-impl Broken {
-    fn of(self, path: &Path) -> Error {
-        match self {
-            Broken::Problem(problem) => Error::damaged(path, problem),
-            Broken::Io(error)
-                if error.kind() == std::io::ErrorKind::UnexpectedEof || is_unreadable(&error) =>
-            {
-                Error::damaged(path, format!("it can't be read: {error}"))
-            }
-            Broken::Io(error) => Error::io("read", path)(error),
-        }
+/// Decrypts a frame in place; `Err` if it isn't what was encrypted.
+pub(crate) fn open_frame(
+    bytes: &mut Vec<u8>,
+    sealer: Option<&Sealer>,
+) -> std::result::Result<(), &'static str> {
+    match sealer {
+        Some(sealer) => sealer.open(bytes, FRAME_ROLE),
+        None => Ok(()),
     }
-}
-
-impl From<&str> for Broken {
-    fn from(problem: &str) -> Self {
-        Broken::Problem(problem.to_owned())
-    }
-}
-
-impl From<String> for Broken {
-    fn from(problem: String) -> Self {
-        Broken::Problem(problem)
-    }
-}
-
-fn read_at(file: &File, buffer: &mut [u8], offset: u64) -> std::result::Result<(), Broken> {
-    file.read_exact_at(buffer, offset).map_err(Broken::Io)
-}
-
-fn check_header(header: &[u8]) -> std::result::Result<[u8; 16], Broken> {
-    let is_ours = header.starts_with(&MAGIC) && word_at(header, 8) == VERSION;
-    let nonce = header.get(16..).and_then(|nonce| nonce.first_chunk());
-    match nonce {
-        Some(nonce) if is_ours && word_at(header, 12) == 0 => Ok(*nonce),
-        _ => Err("it is no pack of version 1".into()),
-    }
-}
-
-fn decode_frame(bytes: &[u8]) -> std::result::Result<Frame, Broken> {
-    let check = bytes.get(24..).and_then(|check| check.first_chunk());
-    match check {
-        Some(check) if word_at(bytes, 20) == 0 => Ok(Frame {
-            offset: number_at(bytes, 0),
-            length: word_at(bytes, 8),
-            first: word_at(bytes, 12),
-            count: word_at(bytes, 16),
-            check: *check,
-        }),
-        _ => Err("its table has reserved bytes set".into()),
-    }
-}
-
-fn word_at(bytes: &[u8], at: usize) -> u32 {
-    let word = bytes.get(at..).and_then(|rest| rest.first_chunk());
-    word.map_or(0, |word| u32::from_le_bytes(*word))
-}
-
-fn number_at(bytes: &[u8], at: usize) -> u64 {
-    let number = bytes.get(at..).and_then(|rest| rest.first_chunk());
-    number.map_or(0, |number| u64::from_le_bytes(*number))
 }
 
 /// The hash of a page.
@@ -407,6 +368,8 @@ pub(crate) struct Pack {
     pub path: PathBuf,
     pub file: File,
     pub table: Table,
+    /// If it's encrypted.
+    pub sealer: Option<Sealer>,
 }
 
 impl Pack {
@@ -415,9 +378,9 @@ impl Pack {
     /// # Errors
     ///
     /// [`Error::Damaged`], also if it is missing; [`Error::Io`].
-    pub(crate) fn open(path: &Path, id: Option<&PackId>) -> Result<Self> {
+    pub(crate) fn open(path: &Path, id: Option<&PackId>, vault: &Vault) -> Result<Self> {
         match File::open(path) {
-            Ok(file) => Self::of(file, path, id),
+            Ok(file) => Self::of(file, path, id, vault),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
                 Err(Error::damaged(path, "it is missing"))
             }
@@ -447,18 +410,19 @@ impl Pack {
     }
 
     /// The pack in an open file; `path` is for errors.
-    pub(crate) fn of(file: File, path: &Path, id: Option<&PackId>) -> Result<Self> {
-        match Table::read(&file, id) {
-            Ok(table) => Ok(Pack {
+    pub(crate) fn of(file: File, path: &Path, id: Option<&PackId>, vault: &Vault) -> Result<Self> {
+        match Table::read(&file, path, id, vault) {
+            Ok((table, sealer)) => Ok(Pack {
                 path: path.to_owned(),
                 file,
                 table,
+                sealer,
             }),
             Err(broken) => Err(broken.of(path)),
         }
     }
 
-    /// Reads a frame's bytes into `buffer` and compares them with their check;
+    /// Reads a frame's bytes into `buffer`, decrypted, and compares them with their check;
     /// `Ok(Err)` says what is wrong with them.
     ///
     /// # Errors
@@ -471,7 +435,9 @@ impl Pack {
     ) -> Result<std::result::Result<(), &'static str>> {
         buffer.resize(frame.length as usize, 0);
         match self.file.read_exact_at(buffer, frame.offset) {
-            Ok(()) if check_of(buffer) == frame.check => Ok(Ok(())),
+            Ok(()) if check_of(buffer) == frame.check => {
+                Ok(open_frame(buffer, self.sealer.as_ref()))
+            }
             Ok(()) => Ok(Err("what it is packed in is not what was written")),
             Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
                 Ok(Err("the file ends before"))
@@ -485,110 +451,4 @@ impl Pack {
 /// A disk that can't read its own sector says EIO.
 pub(crate) fn is_unreadable(error: &std::io::Error) -> bool {
     error.raw_os_error() == Some(rustix::io::Errno::IO.raw_os_error())
-}
-
-#[cfg(test)]
-#[allow(clippy::unwrap_used, clippy::indexing_slicing)]
-mod tests {
-    use super::*;
-    use crate::image::codec::{Compressor, Unpacker};
-
-    /// A pack of 70 pages, of which two are gone, and its table.
-    fn sample(path: &Path) -> Table {
-        let pages: Vec<Vec<u8>> = (0..70).map(|n| vec![n; PAGE_SIZE]).collect();
-        let hashes: Vec<Hash> = pages.iter().map(|page| hash_page(page)).collect();
-        let mut bytes = Table::header(&[7; 16]);
-        let mut frames = Vec::new();
-        let mut present = Bits::none(70);
-        let left = (0..70).filter(|&n| n != 3 && n != 64);
-        left.for_each(|n| present.set(n));
-        let mut compressor = Compressor::new(path).unwrap();
-        for numbers in [0..40, 40..70] {
-            let there: Vec<usize> = numbers.filter(|&n| present.get(n)).collect();
-            let contents: Vec<u8> = there.iter().flat_map(|&n| pages[n].clone()).collect();
-            let mut packed = Vec::new();
-            compressor.pack(&contents, &mut packed, path).unwrap();
-            frames.push(Frame {
-                offset: bytes.len() as u64,
-                length: packed.len() as u32,
-                first: there[0] as u32,
-                count: there.len() as u32,
-                check: check_of(&packed),
-            });
-            bytes.extend(packed);
-        }
-        let table = Table {
-            nonce: [7; 16],
-            frames,
-            present,
-            hashes,
-        };
-        let end = bytes.len() as u64;
-        bytes.extend(table.encode(end));
-        std::fs::write(path, bytes).unwrap();
-        table
-    }
-
-    #[test]
-    fn pages_that_are_there_are_found_in_their_frames() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("pack");
-        let table = sample(&path);
-        let pack = Pack::open(&path, Some(&table.id())).unwrap();
-        assert_eq!(pack.table, table);
-        let mut unpacker = Unpacker::new(&path).unwrap();
-        for page in 0..71_u32 {
-            let Some((frame, place)) = pack.table.find(page) else {
-                assert!([3, 64, 70].contains(&page), "{page}");
-                continue;
-            };
-            let frame = pack.table.frames[frame];
-            unpacker.unpack(&pack, &frame).unwrap().unwrap();
-            assert_eq!(unpacker.pages[place * PAGE_SIZE], page as u8);
-            let nth = pack.table.pages_of(&frame).nth(place);
-            assert_eq!(nth, Some(page));
-        }
-        let other = PackId([0; 32]);
-        assert!(matches!(
-            Pack::open(&path, Some(&other)),
-            Err(Error::Damaged { .. })
-        ));
-    }
-
-    /// Its hash keeps accidents from being decoded at all; it's no proof of sense.
-    #[test]
-    fn no_table_is_a_panic_even_if_its_hash_is_right() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("pack");
-        let table = sample(&path);
-        let good = std::fs::read(&path).unwrap();
-        let end = good.len() - 32;
-        let from = good.len() - table.encode(0).len();
-        let (mut refused, mut read) = (0, 0);
-        // All of it but for most of the hashes, which are all alike.
-        let hashes = from + 100;
-        let tail = (hashes..end - 40).step_by(97).chain(end - 40..end);
-        for at in (0..HEADER_BYTES as usize).chain(from..hashes).chain(tail) {
-            for value in [0, 1, 0x40, 0x7f, 0x80, 0xff] {
-                let mut bad = good.clone();
-                bad[at] = value;
-                let seal = blake3::hash(&bad[from..end]);
-                bad[end..].copy_from_slice(seal.as_bytes());
-                std::fs::write(&path, &bad).unwrap();
-                let Ok(pack) = Pack::open(&path, None) else {
-                    refused += 1;
-                    continue;
-                };
-                read += 1;
-                let mut unpacker = Unpacker::new(&path).unwrap();
-                for frame in pack.table.frames.iter().take(2) {
-                    let _ = unpacker.unpack(&pack, frame).unwrap();
-                }
-                let found = (0..80).filter_map(|page| pack.table.find(page));
-                assert!(found.count() <= 80);
-            }
-        }
-        // What is refused is nonsense; other hashes are only another pack.
-        assert!(refused > 300 && read > 100, "{refused} {read}");
-    }
 }

@@ -22,16 +22,16 @@ use super::bits::Bits;
 use super::codec::Compressor;
 use super::error::Error;
 use super::known::{Fingerprints, Known, Location};
-use super::pack::{check_of, hash_page, Frame, Hash, Pack, Table, FRAME_PAGES, HEADER_BYTES};
+use super::pack::{
+    check_of, hash_page, seal_frame, Frame, Hash, Pack, Table, FRAME_PAGES, HEADER_BYTES,
+};
+use super::placing::{Full, InTurn};
+use super::seal::Sealer;
+use super::writer::WriterOptions;
 use super::Result;
 use crate::priority;
+use crate::random;
 use crate::stream::{Page, PAGE_SIZE};
-
-/// Batches that wait, at most: 8 MiB.
-const QUEUE_MAX: usize = 32;
-
-/// Threads, at most. More than two only help where there is nothing else to do.
-const THREADS_MAX: usize = 4;
 
 /// Pages that were handed in together.
 struct Batch {
@@ -58,21 +58,6 @@ struct Queue {
     error: Option<Error>,
 }
 
-/// What is done in the order of the batches.
-struct InTurn {
-    turn: u64,
-    known: Known,
-    /// Whether it has looked for what the store has.
-    learnt: bool,
-    prints: Fingerprints,
-    /// Of the pages in the pack.
-    hashes: Vec<Hash>,
-    /// Where each page that was handed in is.
-    locations: Vec<Location>,
-    /// Pages of the frame that isn't full yet.
-    open: Vec<u8>,
-}
-
 struct Out {
     file: File,
     end: u64,
@@ -86,6 +71,10 @@ struct Shared {
     in_turn: Mutex<InTurn>,
     next_turn: Condvar,
     out: Mutex<Out>,
+    /// If the pack is encrypted.
+    sealer: Option<Sealer>,
+    /// Batches that wait, at most.
+    queue_max: usize,
     path: PathBuf,
 }
 
@@ -146,13 +135,21 @@ pub(crate) struct Packed {
     pub locations: Vec<Location>,
     /// What those locations count.
     pub known: Known,
+    /// If it's encrypted.
+    pub sealer: Option<Sealer>,
 }
 
 impl Packer {
     /// Begins a pack in `file`, which is empty; `path` is for errors.
-    pub(crate) fn new(file: File, path: &Path, known: Known) -> Result<Self> {
-        let nonce = random_nonce().map_err(Error::io("make a name for", path))?;
-        file.write_all_at(&Table::header(&nonce), 0)
+    pub(crate) fn new(
+        file: File,
+        path: &Path,
+        known: Known,
+        options: &WriterOptions,
+    ) -> Result<Self> {
+        let nonce = random::bytes().map_err(Error::io("make a name for", path))?;
+        let sealer = known.folder().vault().new_sealer(path)?;
+        file.write_all_at(&Table::header(&nonce, sealer.as_ref()), 0)
             .map_err(Error::io("write", path))?;
         let shared = Arc::new(Shared {
             queue: Mutex::new(Queue {
@@ -176,11 +173,13 @@ impl Packer {
                 end: HEADER_BYTES,
                 frames: Vec::new(),
             }),
+            sealer,
+            queue_max: (options.queue_bytes_max / (FRAME_PAGES * PAGE_SIZE)).max(1),
             path: path.to_owned(),
         });
         let count = std::thread::available_parallelism().map_or(1, usize::from);
         let mut threads = Vec::new();
-        for _ in 0..count.clamp(1, THREADS_MAX) {
+        for _ in 0..count.clamp(1, options.threads_max.max(1)) {
             let shared = Arc::clone(&shared);
             let thread = std::thread::Builder::new().name(String::from("packer"));
             let thread = thread.spawn(move || {
@@ -269,7 +268,7 @@ impl Packer {
                     self.kept.push_back(batch);
                     return Ok(());
                 }
-                Mode::Work | Mode::Finish if queue.batches.len() < QUEUE_MAX => break,
+                Mode::Work | Mode::Finish if queue.batches.len() < self.shared.queue_max => break,
                 Mode::Work | Mode::Finish => queue = wait(&self.shared.changed, queue),
             }
         }
@@ -334,6 +333,7 @@ impl Packer {
             end: out.end,
             locations: std::mem::take(&mut in_turn.locations),
             known: std::mem::replace(&mut in_turn.known, known),
+            sealer: shared.sealer.clone(),
         })
     }
 }
@@ -415,12 +415,6 @@ impl Shared {
     }
 }
 
-/// A frame's pages.
-struct Full {
-    first: u32,
-    pages: Vec<u8>,
-}
-
 struct Worker<'a> {
     shared: &'a Shared,
     compressor: Compressor,
@@ -463,6 +457,7 @@ impl<'a> Worker<'a> {
     fn write(&mut self, full: &Full) -> Result<()> {
         let path = &self.shared.path;
         self.compressor.pack(&full.pages, &mut self.packed, path)?;
+        seal_frame(&mut self.packed, self.shared.sealer.as_ref(), path)?;
         let check = check_of(&self.packed);
         let Some(mut out) = self.shared.writable() else {
             return Ok(());
@@ -483,80 +478,13 @@ impl<'a> Worker<'a> {
     }
 }
 
-impl InTurn {
-    /// Once, and not before there is a page: it takes a while.
-    fn learn(&mut self) -> Result<()> {
-        if !self.learnt {
-            self.known.learn()?;
-            self.learnt = true;
-        }
-        Ok(())
-    }
-
-    /// Finds or numbers the pages of a batch.
-    fn place(&mut self, pages: &[u8], hashes: &[Hash], full: &mut Vec<Full>) {
-        for (page, hash) in pages.chunks_exact(PAGE_SIZE).zip(hashes) {
-            let location = match self.find(hash) {
-                Some(location) => location,
-                None => self.append(page, hash, full),
-            };
-            self.locations.push(location);
-        }
-    }
-
-    fn find(&mut self, hash: &Hash) -> Option<Location> {
-        let own = self.prints.candidates(hash);
-        let is_same = |&page: &u32| self.hashes.get(page as usize) == Some(hash);
-        let page = own.into_iter().find(is_same);
-        match page {
-            Some(page) => Some(Location { pack: 0, page }),
-            None => self.known.find(hash),
-        }
-    }
-
-    fn append(&mut self, page: &[u8], hash: &Hash, full: &mut Vec<Full>) -> Location {
-        let number = self.hashes.len() as u32; // a member's pages are fewer
-        self.hashes.push(*hash);
-        self.prints.insert(hash, number);
-        self.open.extend_from_slice(page);
-        if self.open.len() >= FRAME_PAGES * PAGE_SIZE {
-            self.close_frame(full);
-        }
-        Location {
-            pack: 0,
-            page: number,
-        }
-    }
-
-    fn close_frame(&mut self, full: &mut Vec<Full>) {
-        if self.open.is_empty() {
-            return;
-        }
-        let pages = std::mem::take(&mut self.open);
-        full.push(Full {
-            first: (self.hashes.len() - pages.len() / PAGE_SIZE) as u32,
-            pages,
-        });
-    }
-}
-
-fn random_nonce() -> std::io::Result<[u8; 16]> {
-    let numbers = [crate::random::number()?, crate::random::number()?];
-    let mut nonce = [0; 16];
-    let bytes = numbers.iter().flat_map(|number| number.to_le_bytes());
-    nonce
-        .iter_mut()
-        .zip(bytes)
-        .for_each(|(to, from)| *to = from);
-    Ok(nonce)
-}
-
 impl Packed {
     /// Puts the table behind the frames and makes the file last: a pack, but for
     /// its name.
     pub(crate) fn close(&self) -> Result<()> {
         let failed = Error::io("write", &self.path);
-        let bytes = self.table.encode(self.end);
+        let sealer = self.sealer.as_ref();
+        let bytes = self.table.encode(self.end, sealer, &self.path)?;
         self.file.write_all_at(&bytes, self.end).map_err(failed)?;
         let failed = Error::io("sync", &self.path);
         self.file.sync_all().map_err(failed)
@@ -572,6 +500,7 @@ impl Packed {
             path: self.path.clone(),
             file,
             table: self.table.clone(),
+            sealer: self.sealer.clone(),
         })
     }
 }

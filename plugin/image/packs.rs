@@ -15,7 +15,8 @@ use rustix::fs::{flock, FlockOperation};
 
 use super::error::Error;
 use super::files::{self, Lock};
-use super::pack::PackId;
+use super::pack::{Pack, PackId};
+use super::seal::Vault;
 use super::Result;
 
 const PACKS_NAME: &str = "packs";
@@ -28,14 +29,30 @@ const NEW_SUFFIX: &str = ".new";
 #[derive(Clone, Debug)]
 pub(crate) struct Packs {
     dir: PathBuf,
+    vault: Vault,
 }
 
 impl Packs {
     /// Those of the store at `root`.
-    pub(crate) fn of(root: &Path) -> Self {
+    pub(crate) fn of(root: &Path, vault: &Vault) -> Self {
         Packs {
             dir: root.join(PACKS_NAME),
+            vault: vault.clone(),
         }
+    }
+
+    /// How the store's files are kept.
+    pub(crate) fn vault(&self) -> &Vault {
+        &self.vault
+    }
+
+    /// Opens a pack and checks all but its frames.
+    ///
+    /// # Errors
+    ///
+    /// As [`Pack::open`].
+    pub(crate) fn open(&self, id: &PackId) -> Result<Pack> {
+        Pack::open(&self.path(id), Some(id), &self.vault)
     }
 
     /// Makes the folder.

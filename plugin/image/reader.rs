@@ -5,14 +5,15 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use super::error::Error;
-use super::files;
 use super::manifest::{FileFacts, Member};
 use super::map::PageMap;
+use super::memory::MemoryShare;
 use super::name::Name;
 use super::pack::Hash;
 use super::packs::Packs;
 use super::records::Records;
 use super::replay::PackedPages;
+use super::seal::Vault;
 use super::slotted::SlottedPages;
 use super::store::{self, CONFIG_NAME, INDEX_NAME, PAGES_NAME, RECORDS_NAME};
 use super::Result;
@@ -46,19 +47,20 @@ impl MemberReader {
         member: &Member,
         format: u32,
     ) -> Result<Self> {
-        let (path, bytes) = read(snapshot, member, CONFIG_NAME)?;
+        let vault = packs.vault();
+        let (path, bytes) = read(vault, snapshot, member, CONFIG_NAME)?;
         let config_json =
             String::from_utf8(bytes).map_err(|_| Error::damaged(&path, "it is no text"))?;
-        let (path, bytes) = read(snapshot, member, RECORDS_NAME)?;
+        let (path, bytes) = read(vault, snapshot, member, RECORDS_NAME)?;
         let records = Records::decode(&bytes).map_err(|e| Error::damaged(&path, e))?;
         let pages = if format == 1 {
-            let (path, bytes) = read(snapshot, member, INDEX_NAME)?;
+            let (path, bytes) = read(vault, snapshot, member, INDEX_NAME)?;
             let pages_path = store::member_dir(snapshot, &member.name).join(PAGES_NAME);
             let facts = facts(member, PAGES_NAME, &pages_path)?;
             let pages = SlottedPages::open((&path, &bytes), &pages_path, facts, &member.name)?;
             Pages::Slotted(pages)
         } else {
-            let map = read_map(snapshot, member)?;
+            let map = read_map(vault, snapshot, member)?;
             Pages::Packed(PackedPages::open(map, packs, &member.name)?)
         };
         Ok(MemberReader {
@@ -67,6 +69,15 @@ impl MemberReader {
             records,
             pages,
         })
+    }
+
+    /// Takes no more memory than that for reading pages.
+    pub fn limit(&mut self, memory: MemoryShare) {
+        match &mut self.pages {
+            // One page at a time.
+            Pages::Slotted(_) => {}
+            Pages::Packed(pages) => pages.limit(memory),
+        }
     }
 
     /// The domain's configuration, as libxl's JSON.
@@ -194,23 +205,28 @@ pub enum ReplayError<E: std::error::Error + 'static> {
 }
 
 /// A member's file, compared with its hash.
-fn read(snapshot: &Path, member: &Member, name: &str) -> Result<(PathBuf, Vec<u8>)> {
+pub(super) fn read(
+    vault: &Vault,
+    snapshot: &Path,
+    member: &Member,
+    name: &str,
+) -> Result<(PathBuf, Vec<u8>)> {
     let path = store::member_dir(snapshot, &member.name).join(name);
-    let bytes = files::read_checked(&path, facts(member, name, &path)?)?;
+    let bytes = vault.read_checked(&path, facts(member, name, &path)?)?;
     Ok((path, bytes))
 }
 
 /// Compares a member's files with their hashes, but for the index.
-pub(super) fn check_files(snapshot: &Path, member: &Member) -> Result<()> {
-    read(snapshot, member, CONFIG_NAME)?;
-    let (path, bytes) = read(snapshot, member, RECORDS_NAME)?;
+pub(super) fn check_files(vault: &Vault, snapshot: &Path, member: &Member) -> Result<()> {
+    read(vault, snapshot, member, CONFIG_NAME)?;
+    let (path, bytes) = read(vault, snapshot, member, RECORDS_NAME)?;
     let records = Records::decode(&bytes);
     records.map(drop).map_err(|e| Error::damaged(&path, e))
 }
 
 /// A member's index, of format 2.
-pub(super) fn read_map(snapshot: &Path, member: &Member) -> Result<PageMap> {
-    let (path, bytes) = read(snapshot, member, INDEX_NAME)?;
+pub(super) fn read_map(vault: &Vault, snapshot: &Path, member: &Member) -> Result<PageMap> {
+    let (path, bytes) = read(vault, snapshot, member, INDEX_NAME)?;
     let map = PageMap::decode(&bytes).map_err(|e| Error::damaged(&path, e))?;
     let names = map.packs.iter().map(|(id, _)| id);
     if !names.eq(&member.image.packs) {

@@ -10,6 +10,7 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use super::codec::Unpacker;
 use super::error::Error;
 use super::map::{PageMap, Run, Where};
+use super::memory::MemoryShare;
 use super::name::Name;
 use super::pack::{hash_page, Hash, Pack};
 use super::packs::Packs;
@@ -19,6 +20,9 @@ use crate::stream::{Page, PageType, PAGE_SIZE};
 
 /// Pages with contents in a segment, at most: 8 MiB.
 const SEGMENT_PAGES: usize = 2048;
+/// The same where memory is short: frames that two segments have a part of are
+/// unpacked for both.
+pub(super) const SEGMENT_PAGES_MIN: usize = 512;
 
 /// Threads, at most.
 const THREADS_MAX: usize = 4;
@@ -31,6 +35,7 @@ pub(super) struct PackedPages {
     name: Name,
     map: PageMap,
     packs: Vec<Pack>,
+    memory: Option<MemoryShare>,
 }
 
 /// Pages that aren't what was written.
@@ -60,7 +65,7 @@ impl PackedPages {
         let mut opened = Vec::new();
         for (id, pages) in &map.packs {
             let path = packs.path(id);
-            let pack = Pack::open(&path, Some(id))?;
+            let pack = packs.open(id)?;
             if pack.table.pages() != *pages {
                 return Err(Error::damaged(&path, "it has another number of pages"));
             }
@@ -70,11 +75,22 @@ impl PackedPages {
             name: name.clone(),
             map,
             packs: opened,
+            memory: None,
         };
         match pages.missing() {
             None => Ok(pages),
             Some(bad) => Err(pages.error(&bad)),
         }
+    }
+
+    /// Takes no more memory than that.
+    pub(super) fn limit(&mut self, memory: MemoryShare) {
+        self.memory = Some(memory);
+    }
+
+    /// The index, and the packs in its order.
+    pub(super) fn into_parts(self) -> (PageMap, Vec<Pack>) {
+        (self.map, self.packs)
     }
 
     /// Frames whose pages have gone from their pack.
@@ -141,9 +157,14 @@ impl PackedPages {
         &self,
         mut page: impl FnMut(u64, PageType, Option<&Page>) -> std::result::Result<(), E>,
     ) -> std::result::Result<(), ReplayError<E>> {
-        let segments = segments(&self.map.runs);
         let count = std::thread::available_parallelism().map_or(1, usize::from);
-        let count = count.clamp(1, THREADS_MAX).min(segments.len());
+        let count = count.clamp(1, THREADS_MAX);
+        let (count, pages) = match self.memory {
+            Some(memory) => memory.reader(count, SEGMENT_PAGES),
+            None => (count, SEGMENT_PAGES),
+        };
+        let segments = segments(&self.map.runs, pages);
+        let count = count.min(segments.len());
         let desk = Desk::new(count);
         std::thread::scope(|scope| {
             for _ in 0..count {
@@ -308,7 +329,7 @@ fn add(bad: &mut Vec<BadPages>, need: &Need, problem: &'static str) {
 
 /// Divides runs so that each part has no more pages with contents than a segment
 /// may.
-fn segments(runs: &[Run]) -> Vec<Vec<Run>> {
+fn segments(runs: &[Run], pages_max: usize) -> Vec<Vec<Run>> {
     let mut segments = Vec::new();
     let mut segment: Vec<Run> = Vec::new();
     let mut pages = 0;
@@ -319,7 +340,7 @@ fn segments(runs: &[Run]) -> Vec<Vec<Run>> {
         };
         let mut done = 0;
         while done < run.count {
-            let count = (run.count - done).min((SEGMENT_PAGES - pages) as u32);
+            let count = (run.count - done).min((pages_max - pages) as u32);
             segment.push(Run {
                 pfn: run.pfn + done,
                 count,
@@ -331,7 +352,7 @@ fn segments(runs: &[Run]) -> Vec<Vec<Run>> {
             });
             done += count;
             pages += count as usize;
-            if pages == SEGMENT_PAGES {
+            if pages == pages_max {
                 segments.push(std::mem::take(&mut segment));
                 pages = 0;
             }

@@ -7,24 +7,33 @@ use std::path::Path;
 use super::bits::Bits;
 use super::codec::{Compressor, Unpacker};
 use super::error::Error;
-use super::pack::{check_of, hash_page, Frame, Pack, Table, FRAME_PAGES, HEADER_BYTES};
+use super::pack::{check_of, hash_page, seal_frame, Frame, Pack, Table, FRAME_PAGES, HEADER_BYTES};
 use super::packer::Packed;
+use super::seal::Sealer;
 use super::Result;
 use crate::stream::PAGE_SIZE;
 
 /// Writes what is left of `pack` into `file`, which is empty: its table, in which
 /// all pages have the numbers that they had, and where the frames end.
 ///
-/// Frames that lose nothing are copied as they are.
+/// Frames that lose nothing are copied as they are, but for their encryption: with
+/// `sealer` each is encrypted anew, without it none is.
 ///
 /// # Errors
 ///
 /// [`Error::Damaged`] if what is to stay isn't what was written: damage isn't
 /// passed on under a new hash. [`Error::Io`].
-pub(crate) fn rewrite(pack: &Pack, keep: &Bits, file: &File, path: &Path) -> Result<(Table, u64)> {
+pub(crate) fn rewrite(
+    pack: &Pack,
+    keep: &Bits,
+    sealer: Option<&Sealer>,
+    file: &File,
+    path: &Path,
+) -> Result<(Table, u64)> {
     let mut output = Output {
         file,
         path,
+        sealer,
         compressor: Compressor::new(path)?,
         packed: Vec::new(),
         end: HEADER_BYTES,
@@ -32,7 +41,7 @@ pub(crate) fn rewrite(pack: &Pack, keep: &Bits, file: &File, path: &Path) -> Res
         open: Vec::new(),
         first: 0,
     };
-    output.put(&Table::header(&pack.table.nonce), 0)?;
+    output.put(&Table::header(&pack.table.nonce, sealer), 0)?;
     let present = pack.table.present.and(keep);
     let mut unpacker = Unpacker::new(&pack.path)?;
     let mut bytes = Vec::new();
@@ -52,7 +61,7 @@ pub(crate) fn rewrite(pack: &Pack, keep: &Bits, file: &File, path: &Path) -> Res
         if kept == pages.len() && may_close {
             output.close_frame()?;
             pack.frame_bytes(frame, &mut bytes)?.map_err(damaged)?;
-            output.copy(frame, &bytes)?;
+            output.copy(frame, &mut bytes)?;
             continue;
         }
         unpacker.unpack(pack, frame)?.map_err(damaged)?;
@@ -83,7 +92,8 @@ pub(crate) fn rewrite(pack: &Pack, keep: &Bits, file: &File, path: &Path) -> Res
 ///
 /// As [`rewrite`].
 pub(crate) fn squeeze(packed: Packed, keep: &Bits, file: File, path: &Path) -> Result<Packed> {
-    let (table, end) = rewrite(&packed.as_pack()?, keep, &file, path)?;
+    let sealer = packed.known.folder().vault().new_sealer(path)?;
+    let (table, end) = rewrite(&packed.as_pack()?, keep, sealer.as_ref(), &file, path)?;
     let mut numbers = 0;
     let frames = table.frames.iter().map(|frame| {
         let first = numbers;
@@ -116,12 +126,15 @@ pub(crate) fn squeeze(packed: Packed, keep: &Bits, file: File, path: &Path) -> R
         end,
         locations,
         known: packed.known,
+        sealer,
     })
 }
 
 struct Output<'a> {
     file: &'a File,
     path: &'a Path,
+    /// If what is written is encrypted.
+    sealer: Option<&'a Sealer>,
     compressor: Compressor,
     packed: Vec<u8>,
     end: u64,
@@ -137,10 +150,14 @@ impl Output<'_> {
         written.map_err(Error::io("write", self.path))
     }
 
-    fn copy(&mut self, frame: &Frame, bytes: &[u8]) -> Result<()> {
+    /// Writes a frame, whose bytes are plain until then.
+    fn copy(&mut self, frame: &Frame, bytes: &mut Vec<u8>) -> Result<()> {
+        seal_frame(bytes, self.sealer, self.path)?;
         self.put(bytes, self.end)?;
         self.frames.push(Frame {
             offset: self.end,
+            length: bytes.len() as u32, // within FRAME_LENGTH_MAX
+            check: check_of(bytes),
             ..*frame
         });
         self.end += bytes.len() as u64;
@@ -166,12 +183,12 @@ impl Output<'_> {
         self.compressor.pack(&self.open, &mut packed, self.path)?;
         let frame = Frame {
             offset: self.end,
-            length: packed.len() as u32, // within FRAME_LENGTH_MAX
+            length: 0,
             first: self.first,
             count: (self.open.len() / PAGE_SIZE) as u32,
-            check: check_of(&packed),
+            check: Default::default(),
         };
-        self.copy(&frame, &packed)?;
+        self.copy(&frame, &mut packed)?;
         self.packed = packed;
         self.open.clear();
         Ok(())

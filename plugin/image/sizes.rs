@@ -69,7 +69,7 @@ impl Catalogue {
         for manifest in all {
             let dir = self.store().snapshot_dir(&manifest.vne, &manifest.id);
             let mut used = Used::new();
-            match sweep::use_of_members(&dir, manifest, &mut used) {
+            match sweep::use_of_members(&dir, manifest, self.store().vault(), &mut used) {
                 Ok(()) => uses.push((manifest, used)),
                 Err(error) => log::info!("its size isn't known: {error}"),
             }

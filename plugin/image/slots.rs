@@ -5,6 +5,10 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use chacha20::cipher::{KeyIvInit, StreamCipher};
+use chacha20::ChaCha20;
+use zeroize::Zeroizing;
+
 use super::error::Error;
 use super::index::{hash_page, PageHash};
 use super::Result;
@@ -26,16 +30,81 @@ pub(crate) struct SlotFile {
     stage: Vec<u8>,
     /// The slot that the stage begins at.
     stage_first: usize,
+    /// If the store is encrypted.
+    scrambler: Option<Scrambler>,
+}
+
+/// Keeps what is staged from being read by anybody, the next run of this program
+/// included: the key is nowhere but here. That a slot has what was written its
+/// hash says.
+pub(crate) struct Scrambler {
+    key: Zeroizing<[u8; 32]>,
+    /// How often something was written; no two writes have the same nonce.
+    writes: u64,
+    /// The number of the write that each slot has.
+    of_slots: Vec<u64>,
+}
+
+impl std::fmt::Debug for Scrambler {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Scrambler")
+    }
+}
+
+impl Scrambler {
+    /// With a key of its own; `path` is for errors.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`].
+    pub(crate) fn new(path: &Path) -> Result<Self> {
+        let key = crate::random::bytes().map_err(Error::io("scramble", path))?;
+        Ok(Scrambler {
+            key: Zeroizing::new(key),
+            writes: 0,
+            of_slots: Vec::new(),
+        })
+    }
+
+    fn apply(&self, write: u64, bytes: &mut [u8]) {
+        let mut nonce = [0; 12];
+        nonce
+            .iter_mut()
+            .zip(write.to_le_bytes())
+            .for_each(|(to, from)| *to = from);
+        let key: &[u8; 32] = &self.key;
+        ChaCha20::new(key.into(), &nonce.into()).apply_keystream(bytes);
+    }
+
+    /// Scrambles slots from `first` on that are about to be written together.
+    fn hide(&mut self, first: usize, bytes: &mut [u8]) {
+        for (slot, page) in (first..).zip(bytes.chunks_exact_mut(PAGE_SIZE)) {
+            self.writes += 1;
+            self.apply(self.writes, page);
+            if self.of_slots.len() <= slot {
+                self.of_slots.resize(slot + 1, 0);
+            }
+            if let Some(of_slot) = self.of_slots.get_mut(slot) {
+                *of_slot = self.writes;
+            }
+        }
+    }
+
+    fn show(&self, slot: usize, page: &mut Page) {
+        if let Some(write) = self.of_slots.get(slot) {
+            self.apply(*write, page);
+        }
+    }
 }
 
 impl SlotFile {
     #[cfg(test)]
     fn create(path: &Path) -> Result<Self> {
-        Ok(Self::over(super::files::create_file(path)?, path))
+        Ok(Self::over(super::files::create_file(path)?, path, None))
     }
 
     /// Slots in `file`, which is empty; `path` is for errors.
-    pub(crate) fn over(file: File, path: &Path) -> Self {
+    pub(crate) fn over(file: File, path: &Path, scrambler: Option<Scrambler>) -> Self {
         SlotFile {
             file,
             path: path.to_owned(),
@@ -43,6 +112,7 @@ impl SlotFile {
             free: Vec::new(),
             stage: Vec::with_capacity(STAGE_PAGES * PAGE_SIZE),
             stage_first: 0,
+            scrambler,
         }
     }
 
@@ -98,6 +168,9 @@ impl SlotFile {
         if self.stage.is_empty() {
             return Ok(());
         }
+        if let Some(scrambler) = &mut self.scrambler {
+            scrambler.hide(self.stage_first, &mut self.stage);
+        }
         let result = self
             .file
             .write_all_at(&self.stage, offset(self.stage_first));
@@ -115,6 +188,9 @@ impl SlotFile {
         self.file
             .read_exact_at(&mut page, offset(slot as usize))
             .map_err(Error::io("read", &self.path))?;
+        if let Some(scrambler) = &self.scrambler {
+            scrambler.show(slot as usize, &mut page);
+        }
         if self.holds(slot, &page) {
             return Ok(page);
         }
@@ -202,7 +278,7 @@ mod tests {
     fn a_full_disk_is_an_error() {
         let path = Path::new("/dev/full");
         let file = std::fs::OpenOptions::new().write(true).open(path).unwrap();
-        let mut slots = SlotFile::over(file, path);
+        let mut slots = SlotFile::over(file, path, None);
         let slot = slots.allocate().unwrap();
         slots.write(slot, &page(1)).unwrap();
         let error = slots.flush().unwrap_err();

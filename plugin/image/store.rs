@@ -1,6 +1,5 @@
 //! The store's directories, and snapshots in the making.
 
-use std::fs::File;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
@@ -10,15 +9,13 @@ use rustix::fs::statvfs;
 use super::catalogue::Catalogue;
 use super::error::Error;
 use super::files::{self, Lock};
-use super::manifest::{
-    Cut, FileFacts, Manifest, Member, FORMAT, MANIFEST_BYTES_MAX, MANIFEST_NAME,
-};
+use super::key::{host_key, Key};
+use super::manifest::MANIFEST_BYTES_MAX;
 use super::name::{Name, SnapshotId, StoreId};
-use super::pack::Pack;
 use super::packs::Packs;
-use super::sweep::{self, Effort};
+use super::seal::Vault;
+use super::take::Take;
 use super::Result;
-use crate::sentence::sentence;
 use crate::stream::CONFIG_BYTES_MAX;
 
 /// Where snapshots are kept unless the admin says otherwise.
@@ -45,13 +42,15 @@ const ID_NAME: &str = "id";
 const ID_BYTES_MAX: u64 = 64;
 /// Snapshots in the making.
 pub(super) const TAKE_PREFIX: &str = "take.";
+/// Snapshots that are being copied from another store.
+pub(super) const COPY_PREFIX: &str = "copy.";
 /// Snapshots being deleted.
-const REMOVED_PREFIX: &str = "removed.";
+pub(super) const REMOVED_PREFIX: &str = "removed.";
 
 /// Says that a part waits for the outcome.
 pub(super) const VOTE_NAME: &str = "vote.json";
 /// A vote says of each member what the manifest will.
-const VOTE_BYTES_MAX: u64 = MANIFEST_BYTES_MAX;
+pub(super) const VOTE_BYTES_MAX: u64 = MANIFEST_BYTES_MAX;
 
 /// Snapshots of one VNE that begin in the same second, at most.
 const SAME_SECOND_MAX: u32 = 1000;
@@ -95,15 +94,7 @@ pub fn free_bytes(path: &Path) -> Result<u64> {
 #[derive(Clone, Debug)]
 pub struct Store {
     root: PathBuf,
-}
-
-/// What [`Store::clean_tmp`] did.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Cleaned {
-    /// Directories removed: takes and deletions whose process died.
-    pub removed: u32,
-    /// Directories left alone because their process lives.
-    pub live: u32,
+    vault: Vault,
 }
 
 impl Store {
@@ -113,19 +104,34 @@ impl Store {
     /// # Errors
     ///
     /// [`Error::BadRoot`] if the directory is another user's, or writable by
-    /// others: they could exchange guests' memory. [`Error::Io`].
+    /// others: they could exchange guests' memory. [`Error::BadKey`] if the host has a
+    /// key that can't be had. [`Error::Io`].
     pub fn open(root: &Path) -> Result<Self> {
+        Self::with_key(root, host_key()?)
+    }
+
+    /// The same with another key than the host's, or none.
+    ///
+    /// # Errors
+    ///
+    /// As [`Store::open`].
+    pub fn with_key(root: &Path, key: Option<Key>) -> Result<Self> {
+        let vault = Vault::new(key);
         match std::fs::canonicalize(root) {
             Ok(root) => {
                 check_root(&root)?;
-                Ok(Store { root })
+                Ok(Store { root, vault })
             }
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
                 let root = std::path::absolute(root).map_err(Error::io("find", root))?;
-                Ok(Store { root })
+                Ok(Store { root, vault })
             }
             Err(error) => Err(Error::io("find", root)(error)),
         }
+    }
+
+    pub(super) fn vault(&self) -> &Vault {
+        &self.vault
     }
 
     /// The store at `root`, for those who only look for what is there already.
@@ -142,7 +148,7 @@ impl Store {
         }
     }
 
-    fn make(&self) -> Result<StoreId> {
+    pub(super) fn make(&self) -> Result<StoreId> {
         files::ensure_dir(&self.root)?;
         check_root(&self.root)?;
         for name in [TMP_NAME, SNAPSHOTS_NAME] {
@@ -285,15 +291,8 @@ impl Store {
         files::make_dir(&dir)?;
         let lock = files::try_lock_dir(&dir, Lock::Shared)?;
         let lock = lock.ok_or_else(|| Error::InUse { path: dir.clone() })?;
-        let take = Take {
-            store: self.clone(),
-            vne: vne.clone(),
-            id: id.clone(),
-            dir,
-            _lock: lock,
-            stays: false,
-        };
-        files::make_dir(&take.dir.join(MEMBERS_NAME))?;
+        let take = Take::of(self, (vne, id), dir, lock, false);
+        files::make_dir(&take.dir().join(MEMBERS_NAME))?;
         Ok(take)
     }
 
@@ -325,7 +324,7 @@ impl Store {
                 Err(error) if is_not_found(&error) => continue,
                 Err(error) => return Err(error),
             }
-            let vote = match files::read_file(&dir.join(VOTE_NAME), VOTE_BYTES_MAX) {
+            let vote = match self.vault.read_file(&dir.join(VOTE_NAME), VOTE_BYTES_MAX) {
                 Ok(vote) => vote,
                 Err(error) => {
                     if !is_not_found(&error) {
@@ -338,74 +337,14 @@ impl Store {
             let Some(lock) = files::try_lock_dir(&dir, Lock::Shared)? else {
                 continue;
             };
-            let take = Take {
-                store: self.clone(),
-                vne,
-                id,
-                dir,
-                _lock: lock,
-                stays: true,
-            };
+            let take = Take::of(self, (&vne, &id), dir, lock, true);
             found.push((take, vote));
         }
         Ok(found)
     }
 
-    /// Removes what takes and deletions left behind whose processes died. What
-    /// belongs to a living process stays, and so does anything in `tmp/` that
-    /// isn't this program's.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Io`].
-    pub fn clean_tmp(&self) -> Result<Cleaned> {
-        let mut cleaned = Cleaned::default();
-        let garbage = self.lock_garbage(&mut cleaned)?;
-        let dirs: Vec<PathBuf> = garbage.iter().map(|(path, _)| path.clone()).collect();
-        self.remove_garbage(&dirs, Effort::Quick)?;
-        for dir in dirs {
-            match dir.exists() {
-                true => cleaned.live += 1,
-                false => cleaned.removed += 1,
-            }
-        }
-        Ok(cleaned)
-    }
-
-    /// Finds and locks the garbage in `tmp/`; nobody else will touch it then.
-    fn lock_garbage(&self, cleaned: &mut Cleaned) -> Result<Vec<(PathBuf, File)>> {
-        let tmp = self.tmp();
-        let mut garbage = Vec::new();
-        let _tmp = match files::lock_dir_wait(&tmp) {
-            // Nobody has ever taken a snapshot into this store.
-            Err(error) if is_not_found(&error) => return Ok(garbage),
-            locked => locked?,
-        };
-        for entry in std::fs::read_dir(&tmp).map_err(Error::io("read", &tmp))? {
-            let entry = entry.map_err(Error::io("read", &tmp))?;
-            let name = entry.file_name();
-            let ours = name.to_str().is_some_and(|name| {
-                name.starts_with(TAKE_PREFIX) || name.starts_with(REMOVED_PREFIX)
-            });
-            if !ours || !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-                continue;
-            }
-            let path = entry.path();
-            match files::try_lock_dir(&path, Lock::Exclusive) {
-                // Waits to hear how it was decided, with or without a process.
-                Ok(Some(_)) if path.join(VOTE_NAME).exists() => cleaned.live += 1,
-                Ok(Some(lock)) => garbage.push((path, lock)),
-                Ok(None) => cleaned.live += 1,
-                // Its owner finished with it just now.
-                Err(error) if is_not_found(&error) => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(garbage)
-    }
-
     pub(super) fn packs(&self) -> Packs {
-        Packs::of(&self.root)
+        Packs::of(&self.root, &self.vault)
     }
 
     pub(super) fn snapshots(&self) -> PathBuf {
@@ -420,57 +359,17 @@ impl Store {
         self.vne_dir(vne).join(id.to_string())
     }
 
-    pub(super) fn tmp(&self) -> PathBuf {
+    pub(crate) fn tmp(&self) -> PathBuf {
         self.root.join(TMP_NAME)
     }
 
-    fn take_dir(&self, vne: &Name, id: &SnapshotId) -> PathBuf {
+    pub(super) fn copy_dir(&self, vne: &Name, id: &SnapshotId) -> PathBuf {
+        self.tmp().join(format!("{COPY_PREFIX}{vne}.{id}"))
+    }
+
+    pub(super) fn take_dir(&self, vne: &Name, id: &SnapshotId) -> PathBuf {
         self.tmp().join(format!("{TAKE_PREFIX}{vne}.{id}"))
     }
-
-    /// Deletes a committed snapshot that the caller has locked exclusively. It
-    /// is out of the catalogue before its first file goes.
-    pub(super) fn remove_snapshot(&self, vne: &Name, id: &SnapshotId) -> Result<()> {
-        let from = self.snapshot_dir(vne, id);
-        files::ensure_dir(&self.tmp())?;
-        let pid = std::process::id();
-        let to = self.tmp().join(format!("{REMOVED_PREFIX}{vne}.{id}.{pid}"));
-        rename_dir(&from, &to)?;
-        files::sync_dir(&self.vne_dir(vne))?;
-        files::sync_dir(&self.tmp())?;
-        self.remove_garbage(&[to], Effort::Thorough)
-    }
-
-    /// Removes directories that the caller has locked, and before them the packs
-    /// that nobody uses then: for as long as a directory is there, the next one to
-    /// clean up knows that there may be such packs.
-    fn remove_garbage(&self, dirs: &[PathBuf], effort: Effort) -> Result<()> {
-        if dirs.iter().any(|dir| has_packs(dir)) {
-            match sweep::sweep(self, dirs, effort) {
-                Ok(Some(_)) => {}
-                // Somebody else is at it, and may have looked already.
-                Ok(None) => return Ok(()),
-                // What can't be told apart stays. The rest needn't.
-                Err(error) => log::warn!("packs stay: {}", sentence(&error)),
-            }
-        }
-        dirs.iter().try_for_each(|dir| remove_tree(dir))
-    }
-}
-
-/// Whether a pack may have been published for a snapshot's directory. A member's
-/// file is there until then.
-fn has_packs(dir: &Path) -> bool {
-    let Ok(members) = std::fs::read_dir(dir.join(MEMBERS_NAME)) else {
-        return false;
-    };
-    let in_the_making = |member: &Path| {
-        let names = [PACK_NAME, SQUEEZED_NAME];
-        names.iter().any(|name| member.join(name).exists())
-    };
-    members
-        .flatten()
-        .any(|member| !in_the_making(&member.path()))
 }
 
 fn check_root(root: &Path) -> Result<()> {
@@ -496,218 +395,6 @@ fn check_root(root: &Path) -> Result<()> {
     Ok(())
 }
 
-/// A snapshot in the making. Dropped without [`Take::commit`] or
-/// [`Take::vote`], it goes away.
-#[derive(Debug)]
-pub struct Take {
-    store: Store,
-    vne: Name,
-    id: SnapshotId,
-    dir: PathBuf,
-    /// Keeps [`Store::clean_tmp`] away.
-    _lock: File,
-    /// Committed, or voted for.
-    stays: bool,
-}
-
-impl Take {
-    /// What the snapshot is going to be called.
-    pub fn id(&self) -> &SnapshotId {
-        &self.id
-    }
-
-    /// The directory that [`super::MemberWriter::create`] wants, also in other
-    /// processes.
-    pub fn dir(&self) -> &Path {
-        &self.dir
-    }
-
-    /// A manifest with what the store knows filled in, and the rest empty.
-    pub fn manifest(&self, host: &Name) -> Manifest {
-        Manifest {
-            format: FORMAT,
-            vne: self.vne.clone(),
-            id: self.id.clone(),
-            take: String::new(),
-            created: self.id.created(),
-            tool_version: String::new(),
-            xen_version: String::new(),
-            host: host.clone(),
-            hosts: vec![host.clone()],
-            label: None,
-            cut: Cut::default(),
-            members: Vec::new(),
-        }
-    }
-
-    /// Which VNE's it is.
-    pub fn vne(&self) -> &Name {
-        &self.vne
-    }
-
-    /// Keeps recorded frames beside a member's files, durable when that member's
-    /// writer finishes.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Unstorable`], [`Error::Io`].
-    pub fn add_frames(&self, member: &Name, bytes: &[u8]) -> Result<FileFacts> {
-        let path = member_dir(&self.dir, member).join(FRAMES_NAME);
-        if bytes.len() as u64 > FRAMES_BYTES_MAX {
-            let problem = format!("they are more than {FRAMES_BYTES_MAX} bytes");
-            return Err(Error::unstorable("recorded frames", problem));
-        }
-        files::write_file(&path, FRAMES_NAME, bytes)
-    }
-
-    /// Makes it last: whatever happens from here on, it stays as it is until
-    /// [`Take::commit`] or [`Take::discard`]. `vote` is for whoever finds it
-    /// with [`Store::in_doubt`]. The members' files are durable already.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Io`]. It doesn't stay then.
-    pub fn vote(&mut self, vote: &[u8]) -> Result<()> {
-        if vote.len() as u64 > VOTE_BYTES_MAX {
-            let problem = format!("it is longer than {VOTE_BYTES_MAX} bytes");
-            return Err(Error::unstorable("the vote", problem));
-        }
-        files::sync_dir(&self.dir.join(MEMBERS_NAME))?;
-        files::write_file(&self.dir.join(VOTE_NAME), VOTE_NAME, vote)?;
-        files::sync_dir(&self.dir)?;
-        files::sync_dir(&self.store.tmp())?;
-        self.stays = true;
-        Ok(())
-    }
-
-    /// Removes it, voted for or not.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Io`]: what is left of it has no vote and is garbage.
-    pub fn discard(mut self) -> Result<()> {
-        self.stays = true;
-        match std::fs::remove_file(self.dir.join(VOTE_NAME)) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(Error::io("remove", &self.dir)(error));
-            }
-            _ => {}
-        }
-        self.remove()
-    }
-
-    fn remove(&self) -> Result<()> {
-        self.store
-            .remove_garbage(std::slice::from_ref(&self.dir), Effort::Quick)
-    }
-
-    /// Makes the snapshot exist: checks that all members' files are there,
-    /// writes `manifest` as the last one, makes everything last, and moves the
-    /// directory among the committed ones in a single step.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Unstorable`] if the manifest isn't this take's or doesn't fit
-    /// what is there; [`Error::Io`]. The snapshot doesn't exist then.
-    pub fn commit(&mut self, manifest: &Manifest) -> Result<()> {
-        self.check(manifest)?;
-        let bytes = manifest.encode()?;
-        files::sync_dir(&self.dir.join(MEMBERS_NAME))?;
-        files::write_file(&self.dir.join(MANIFEST_NAME), MANIFEST_NAME, &bytes)?;
-        files::sync_dir(&self.dir)?;
-        let vne_dir = self.store.vne_dir(&self.vne);
-        files::ensure_dir(&vne_dir)?;
-        files::sync_dir(&self.store.snapshots())?;
-        let place = self.store.snapshot_dir(&self.vne, &self.id);
-        rename_dir(&self.dir, &place)?;
-        let lasting = files::sync_dir(&vne_dir).and_then(|()| files::sync_dir(&self.store.tmp()));
-        if lasting.is_err() {
-            // Told to have failed, it should not be there either.
-            return rename_dir(&place, &self.dir).and(lasting);
-        }
-        self.stays = true;
-        // Its one use is over; beside a manifest it means nothing.
-        let _ = std::fs::remove_file(place.join(VOTE_NAME));
-        Ok(())
-    }
-
-    fn check(&self, manifest: &Manifest) -> Result<()> {
-        let wrong = |problem: String| Error::unstorable("the manifest", problem);
-        if manifest.format != FORMAT || manifest.vne != self.vne || manifest.id != self.id {
-            return Err(wrong("it is another snapshot's".to_owned()));
-        }
-        if manifest.members.is_empty() {
-            return Err(wrong("it has no members".to_owned()));
-        }
-        let mut names: Vec<_> = manifest.members.iter().map(|member| &member.name).collect();
-        names.sort();
-        if names.windows(2).any(|pair| pair.first() == pair.last()) {
-            return Err(wrong("it has the same member twice".to_owned()));
-        }
-        check_files(&self.dir, manifest, &self.store.packs())
-    }
-}
-
-impl Drop for Take {
-    fn drop(&mut self) {
-        if !self.stays {
-            // What can't be removed now, clean_tmp will find.
-            let _ = self.remove();
-        }
-    }
-}
-
-/// Whether all files and packs that the manifest names are there, files at their
-/// lengths.
-pub(super) fn check_files(snapshot: &Path, manifest: &Manifest, packs: &Packs) -> Result<()> {
-    for member in manifest.members_here() {
-        check_member_files(&member_dir(snapshot, &member.name), member, manifest.format)?;
-        for id in &member.image.packs {
-            Pack::glance(&packs.path(id))?;
-        }
-    }
-    Ok(())
-}
-
-fn check_member_files(dir: &Path, member: &Member, format: u32) -> Result<()> {
-    let pages = (format == 1).then_some(PAGES_NAME);
-    for name in [CONFIG_NAME, RECORDS_NAME, INDEX_NAME]
-        .into_iter()
-        .chain(pages)
-    {
-        let path = dir.join(name);
-        let facts = member.image.files.iter().find(|file| file.name == name);
-        let Some(facts) = facts else {
-            return Err(Error::damaged(&path, "the manifest doesn't name it"));
-        };
-        check_length(&path, facts)?;
-    }
-    match &member.recorded {
-        Some(recorded) if recorded.file.name != FRAMES_NAME => Err(Error::damaged(
-            dir,
-            "its recorded frames are in no known file",
-        )),
-        Some(recorded) => check_length(&dir.join(FRAMES_NAME), &recorded.file),
-        None => Ok(()),
-    }
-}
-
-fn check_length(path: &Path, facts: &FileFacts) -> Result<()> {
-    let length = match std::fs::symlink_metadata(path) {
-        Ok(found) if found.is_file() => found.len(),
-        Ok(_) => return Err(Error::damaged(path, "it is no file")),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            return Err(Error::damaged(path, "it is missing"));
-        }
-        Err(error) => return Err(Error::io("look at", path)(error)),
-    };
-    if length != facts.length {
-        let problem = format!("it has {length} bytes instead of {}", facts.length);
-        return Err(Error::damaged(path, problem));
-    }
-    Ok(())
-}
-
 /// The VNE and the snapshot that a directory in `tmp/` is for. A VNE's name may
 /// have dots, an id has none.
 fn parse_take_dir(name: &str) -> Option<(Name, SnapshotId)> {
@@ -717,12 +404,12 @@ fn parse_take_dir(name: &str) -> Option<(Name, SnapshotId)> {
 
 /// Moves a directory. It can't replace anything: onto a directory with something
 /// in it the system call fails, whatever the file system supports.
-fn rename_dir(from: &Path, to: &Path) -> Result<()> {
+pub(super) fn rename_dir(from: &Path, to: &Path) -> Result<()> {
     std::fs::rename(from, to).map_err(Error::io("rename", from))
 }
 
 /// Removes a directory and what is in it; that it's gone already is fine.
-fn remove_tree(path: &Path) -> Result<()> {
+pub(super) fn remove_tree(path: &Path) -> Result<()> {
     match std::fs::remove_dir_all(path) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
             Err(Error::io("remove", path)(error))

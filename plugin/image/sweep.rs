@@ -21,7 +21,8 @@ use super::name::SnapshotId;
 use super::pack::{Pack, PackId};
 use super::packs::{try_lock_pack, Packs};
 use super::rewrite;
-use super::store::{self, Store, INDEX_NAME, MEMBERS_NAME, TAKE_PREFIX, VOTE_NAME};
+use super::seal::Vault;
+use super::store::{self, Store, COPY_PREFIX, INDEX_NAME, MEMBERS_NAME, TAKE_PREFIX, VOTE_NAME};
 use super::Result;
 
 /// A pack stays as it is until so many of its pages in a hundred are unused.
@@ -117,7 +118,7 @@ fn lock_pack(path: &Path) -> Result<Option<File>> {
 /// Writes a pack anew if that's worth it; the bytes that it has then.
 fn shrink(packs: &Packs, id: &PackId, file: File, used: &Bits) -> Result<Option<u64>> {
     let path = packs.path(id);
-    let pack = Pack::of(file, &path, Some(id))?;
+    let pack = Pack::of(file, &path, Some(id), packs.vault())?;
     let there = pack.table.present.count();
     let keep = pack.table.present.and(used).count();
     if (there - keep) * 100 <= there * UNUSED_PERCENT_MAX {
@@ -125,7 +126,7 @@ fn shrink(packs: &Packs, id: &PackId, file: File, used: &Bits) -> Result<Option<
     }
     let new = packs.new_path(id);
     let file = files::create_file(&new)?;
-    let written = write_anew(&pack, used, &file, &new);
+    let written = write_anew(&pack, used, packs.vault(), &file, &new);
     if written.is_err() {
         // The first error is the one to report.
         let _ = std::fs::remove_file(&new);
@@ -136,10 +137,15 @@ fn shrink(packs: &Packs, id: &PackId, file: File, used: &Bits) -> Result<Option<
     written.map(Some)
 }
 
-fn write_anew(pack: &Pack, used: &Bits, file: &File, path: &Path) -> Result<u64> {
+fn write_anew(pack: &Pack, used: &Bits, vault: &Vault, file: &File, path: &Path) -> Result<u64> {
     use std::os::unix::fs::FileExt;
-    let (table, end) = rewrite::rewrite(pack, used, file, path)?;
-    let bytes = table.encode(end);
+    // A pack stays as it was, plain or not; if not, with a key of its own again.
+    let sealer = match pack.sealer {
+        Some(_) => vault.new_sealer(path)?,
+        None => None,
+    };
+    let (table, end) = rewrite::rewrite(pack, used, sealer.as_ref(), file, path)?;
+    let bytes = table.encode(end, sealer.as_ref(), path)?;
     file.write_all_at(&bytes, end)
         .map_err(Error::io("write", path))?;
     file.sync_all().map_err(Error::io("sync", path))?;
@@ -149,10 +155,12 @@ fn write_anew(pack: &Pack, used: &Bits, file: &File, path: &Path) -> Result<u64>
 /// The pages that takes and snapshots use.
 pub(super) fn used(store: &Store, dying: &[PathBuf]) -> Result<Used> {
     let mut used = Used::new();
+    let vault = store.vault();
     for take in directories(&store.tmp())? {
         let name = take.file_name().unwrap_or_default().to_string_lossy();
-        if name.starts_with(TAKE_PREFIX) && !dying.contains(&take) {
-            use_of_take(&take, &mut used)?;
+        let is_made = name.starts_with(TAKE_PREFIX) || name.starts_with(COPY_PREFIX);
+        if is_made && !dying.contains(&take) {
+            use_of_take(&take, vault, &mut used)?;
         }
     }
     for vne in directories(&store.snapshots())? {
@@ -161,7 +169,7 @@ pub(super) fn used(store: &Store, dying: &[PathBuf]) -> Result<Used> {
             if name.to_string_lossy().parse::<SnapshotId>().is_err() {
                 continue; // nobody would find it
             }
-            match use_of_snapshot(&snapshot, &mut used) {
+            match use_of_snapshot(&snapshot, vault, &mut used) {
                 Err(_) if !snapshot.exists() => {} // removed just now
                 done => done?,
             }
@@ -172,12 +180,14 @@ pub(super) fn used(store: &Store, dying: &[PathBuf]) -> Result<Used> {
 
 /// A member without a whole index has all packs locked that it's going to name,
 /// or its worker is dead. Where a vote was given they are whole.
-fn use_of_take(take: &Path, used: &mut Used) -> Result<()> {
+fn use_of_take(take: &Path, vault: &Vault, used: &mut Used) -> Result<()> {
     let voted = take.join(VOTE_NAME).exists();
     for member in directories(&take.join(MEMBERS_NAME))? {
         let path = member.join(INDEX_NAME);
-        let bytes = match files::read_file(&path, INDEX_BYTES_MAX) {
+        let bytes = match vault.read_file(&path, INDEX_BYTES_MAX) {
             Err(error) if store::is_not_found(&error) => continue,
+            // Of a worker that was killed.
+            Err(error) if error.is_damage() && !voted => continue,
             bytes => bytes?,
         };
         match PageMap::decode(&bytes) {
@@ -189,9 +199,9 @@ fn use_of_take(take: &Path, used: &mut Used) -> Result<()> {
     Ok(())
 }
 
-fn use_of_snapshot(snapshot: &Path, used: &mut Used) -> Result<()> {
+fn use_of_snapshot(snapshot: &Path, vault: &Vault, used: &mut Used) -> Result<()> {
     let path = snapshot.join(MANIFEST_NAME);
-    let bytes = match files::read_file(&path, MANIFEST_BYTES_MAX) {
+    let bytes = match vault.read_file(&path, MANIFEST_BYTES_MAX) {
         Err(error) if store::is_not_found(&error) => {
             let problem = "it has no manifest, so which packs it needs can't be told (remove it)";
             return Err(Error::damaged(snapshot, problem));
@@ -199,16 +209,21 @@ fn use_of_snapshot(snapshot: &Path, used: &mut Used) -> Result<()> {
         bytes => bytes?,
     };
     let manifest = Manifest::decode(&bytes, &path)?;
-    use_of_members(snapshot, &manifest, used)
+    use_of_members(snapshot, &manifest, vault, used)
 }
 
 /// The pages that a snapshot's members use that are stored here.
-pub(super) fn use_of_members(snapshot: &Path, manifest: &Manifest, used: &mut Used) -> Result<()> {
+pub(super) fn use_of_members(
+    snapshot: &Path,
+    manifest: &Manifest,
+    vault: &Vault,
+    used: &mut Used,
+) -> Result<()> {
     if manifest.format < 2 {
         return Ok(());
     }
     for member in manifest.members_here() {
-        mark(&super::reader::read_map(snapshot, member)?, used);
+        mark(&super::reader::read_map(vault, snapshot, member)?, used);
     }
     Ok(())
 }

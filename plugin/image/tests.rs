@@ -12,6 +12,12 @@ use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+mod copying;
+mod damage;
+mod disks;
+mod garbage;
+pub(super) mod pack;
+mod sealed;
 mod sharing;
 
 use super::manifest::tests::sample_member;
@@ -33,20 +39,36 @@ fn noon() -> SystemTime {
 struct Lab {
     dir: tempfile::TempDir,
     store: Store,
+    key: Option<Key>,
 }
 
 impl Lab {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(&dir.path().join("store")).unwrap();
-        Lab { dir, store }
+        let key = None;
+        Lab { dir, store, key }
+    }
+
+    /// Of the same store, with a key or without.
+    fn with_key(self, key: Option<Key>) -> Self {
+        let store = Store::with_key(self.store.root(), key.clone()).unwrap();
+        let dir = self.dir;
+        Lab { dir, store, key }
+    }
+
+    fn options(&self) -> WriterOptions {
+        WriterOptions {
+            key: self.key.clone(),
+            ..WriterOptions::default()
+        }
     }
 
     /// A committed snapshot of VNE "lab" with member "web-1" from `stream`.
     fn snapshot(&self, stream: &[u8]) -> Snapshot {
         let take = self.store.begin_at(&name("lab"), noon()).unwrap();
         let id = take.id().clone();
-        let writer = MemberWriter::create(take.dir(), &name("web-1"), &WriterOptions::default());
+        let writer = MemberWriter::create(take.dir(), &name("web-1"), &self.options());
         self.commit(take, writer.unwrap(), stream);
         self.store.catalogue().get(&name("lab"), &id).unwrap()
     }
@@ -85,6 +107,40 @@ fn pv_once() -> Vec<u8> {
 
 fn pv_live() -> Vec<u8> {
     testenc::pv_stream(1030, &testenc::pv_rounds())
+}
+
+/// A snapshot small enough to spoil at every byte.
+fn tiny() -> (Lab, Snapshot) {
+    let lab = Lab::new();
+    let rounds = vec![vec![
+        (0, 0, Some(page(1))),
+        (1, 0, Some([0; PAGE_SIZE])),
+        (2, 0, Some(page(2))),
+        (9, 0xf, None),
+    ]];
+    let snapshot = lab.snapshot(&testenc::pvh_stream(&rounds));
+    (lab, snapshot)
+}
+
+const FILES: [&str; 4] = [
+    "manifest.json",
+    "members/web-1/config.json",
+    "members/web-1/records",
+    "members/web-1/index",
+];
+
+/// All that a snapshot consists of.
+fn files_of(snapshot: &Snapshot) -> Vec<PathBuf> {
+    let files = FILES.iter().map(|file| snapshot.dir().join(file));
+    files.chain(packs_of(snapshot)).collect()
+}
+
+fn packs_of(snapshot: &Snapshot) -> Vec<PathBuf> {
+    let root = snapshot.dir().ancestors().nth(3).unwrap();
+    let packs = snapshot.manifest().members[0].image.packs.iter();
+    packs
+        .map(|id| root.join("packs").join(id.to_string()))
+        .collect()
 }
 
 #[test]
@@ -320,160 +376,6 @@ fn limited_child() {
     assert!(error.is_out_of_space(), "{error}");
 }
 
-/// A snapshot small enough to spoil at every byte.
-fn tiny() -> (Lab, Snapshot) {
-    let lab = Lab::new();
-    let rounds = vec![vec![
-        (0, 0, Some(page(1))),
-        (1, 0, Some([0; PAGE_SIZE])),
-        (2, 0, Some(page(2))),
-        (9, 0xf, None),
-    ]];
-    let snapshot = lab.snapshot(&testenc::pvh_stream(&rounds));
-    (lab, snapshot)
-}
-
-const FILES: [&str; 4] = [
-    "manifest.json",
-    "members/web-1/config.json",
-    "members/web-1/records",
-    "members/web-1/index",
-];
-
-/// All that a snapshot consists of.
-fn files_of(snapshot: &Snapshot) -> Vec<PathBuf> {
-    let files = FILES.iter().map(|file| snapshot.dir().join(file));
-    files.chain(packs_of(snapshot)).collect()
-}
-
-fn packs_of(snapshot: &Snapshot) -> Vec<PathBuf> {
-    let root = snapshot.dir().ancestors().nth(3).unwrap();
-    let packs = snapshot.manifest().members[0].image.packs.iter();
-    packs
-        .map(|id| root.join("packs").join(id.to_string()))
-        .collect()
-}
-
-/// Everything that a restore would do.
-fn restore(lab: &Lab) -> Result<()> {
-    let snapshot = lab
-        .store
-        .catalogue()
-        .get(&name("lab"), &"20261121T023652Z".parse()?)?;
-    snapshot
-        .member(&name("web-1"))?
-        .write_save_file(std::io::sink(), None)
-}
-
-#[test]
-fn every_flipped_byte_is_reported_and_never_restored() {
-    let (lab, snapshot) = tiny();
-    restore(&lab).unwrap();
-    let mut count = 0;
-    for path in files_of(&snapshot) {
-        let bytes = fs::read(&path).unwrap();
-        let handle = OpenOptions::new().write(true).open(&path).unwrap();
-        for (at, byte) in bytes.iter().enumerate() {
-            let flipped = byte ^ 1 << (at % 8);
-            handle.write_all_at(&[flipped], at as u64).unwrap();
-            match restore(&lab) {
-                Err(
-                    Error::Damaged { path: named, .. } | Error::DamagedPages { path: named, .. },
-                ) => {
-                    assert_eq!(named, path, "byte {at}");
-                }
-                other => panic!("{} byte {at}: {other:?}", path.display()),
-            }
-            handle.write_all_at(&[*byte], at as u64).unwrap();
-            count += 1;
-        }
-    }
-    assert!(count > 10_000);
-    restore(&lab).unwrap();
-}
-
-#[test]
-fn a_damaged_page_is_named_with_its_range() {
-    let lab = Lab::new();
-    let rounds = vec![(100..300).map(|pfn| (pfn, 0, Some(page(pfn)))).collect()];
-    let snapshot = lab.snapshot(&testenc::pvh_stream(&rounds));
-    let path = packs_of(&snapshot).remove(0);
-    let frames = pack::Pack::open(&path, None).unwrap().table.frames;
-    let file = OpenOptions::new().write(true).open(&path).unwrap();
-    for frame in [1, 3] {
-        file.write_all_at(b"!!", frames[frame].offset + 99).unwrap();
-    }
-    let error = stream_of(&snapshot).unwrap_err();
-    let text = error.to_string();
-    assert!(text.starts_with("member web-1: "), "{text}");
-    assert!(text.contains("is damaged at pfn 0xa4 to 0xe3"), "{text}");
-    assert!(snapshot.verify().is_err());
-}
-
-#[test]
-fn files_cut_short_or_grown_or_missing_or_replaced_are_reported() {
-    let (lab, snapshot) = tiny();
-    for path in files_of(&snapshot) {
-        let bytes = fs::read(&path).unwrap();
-        let mut grown = bytes.clone();
-        grown.push(b'\n');
-        for spoiled in [
-            &bytes[..bytes.len() - 1],
-            &bytes[..bytes.len() / 2],
-            &[],
-            &grown,
-        ] {
-            fs::write(&path, spoiled).unwrap();
-            let listing = lab.store.catalogue().list(None).unwrap();
-            assert!(listing.snapshots.is_empty(), "{}", path.display());
-            assert_eq!(listing.damaged.len(), 1);
-            assert!(restore(&lab).is_err());
-        }
-        fs::remove_file(&path).unwrap();
-        assert!(lab
-            .store
-            .catalogue()
-            .list(None)
-            .unwrap()
-            .snapshots
-            .is_empty());
-        assert!(restore(&lab)
-            .unwrap_err()
-            .to_string()
-            .contains("is damaged"));
-        std::os::unix::fs::symlink("/dev/zero", &path).unwrap();
-        assert!(restore(&lab).is_err());
-        fs::remove_file(&path).unwrap();
-        fs::write(&path, &bytes).unwrap();
-        restore(&lab).unwrap();
-    }
-}
-
-#[test]
-fn a_snapshot_under_a_wrong_name_is_not_listed() {
-    let (lab, snapshot) = tiny();
-    let other = snapshot.dir().with_file_name("20200101T000000Z");
-    fs::create_dir_all(other.join("members")).unwrap();
-    fs::copy(
-        snapshot.dir().join("manifest.json"),
-        other.join("manifest.json"),
-    )
-    .unwrap();
-    fs::create_dir(snapshot.dir().with_file_name("notes")).unwrap();
-    fs::create_dir(lab.store.root().join("snapshots/-x")).unwrap();
-    let listing = lab.store.catalogue().list(None).unwrap();
-    assert_eq!(listing.snapshots.len(), 1);
-    let reasons: Vec<_> = listing
-        .damaged
-        .iter()
-        .map(|d| d.error.to_string())
-        .collect();
-    assert_eq!(reasons.len(), 3, "{reasons:?}");
-    assert!(reasons
-        .iter()
-        .any(|r| r.contains("belongs to snapshot 20261121T023652Z")));
-}
-
 #[test]
 fn a_save_file_has_xls_header_and_the_configuration_asked_for() {
     let (_lab, snapshot) = tiny();
@@ -555,16 +457,6 @@ fn only_a_take_makes_a_store() {
 }
 
 #[test]
-fn removing_also_frees_what_others_left() {
-    let (lab, snapshot) = tiny();
-    let id = snapshot.manifest().id.clone();
-    drop(snapshot);
-    fs::create_dir(lab.tmp().join("take.dead.20261121T023652Z")).unwrap();
-    lab.store.catalogue().remove(&name("lab"), &id).unwrap();
-    assert_eq!(lab.tmp_count(), 0);
-}
-
-#[test]
 fn a_store_behind_a_symlink_works() {
     let (lab, _snapshot) = tiny();
     let link = lab.dir.path().join("link");
@@ -572,29 +464,6 @@ fn a_store_behind_a_symlink_works() {
     let store = Store::open(&link).unwrap();
     assert_eq!(store.catalogue().list(None).unwrap().snapshots.len(), 1);
     drop(store.begin(&name("lab")).unwrap());
-}
-
-#[test]
-fn an_unfinished_snapshot_is_never_listed_and_goes_away() {
-    let lab = Lab::new();
-    let take = lab.store.begin_at(&name("lab"), noon()).unwrap();
-    let options = WriterOptions::default();
-    let mut writer = MemberWriter::create(take.dir(), &name("web-1"), &options).unwrap();
-    Ingest::new(&pv_live()[..]).run(&mut writer).unwrap();
-    assert!(lab
-        .store
-        .catalogue()
-        .list(None)
-        .unwrap()
-        .snapshots
-        .is_empty());
-    writer.finish(CONFIG).unwrap();
-    let listing = lab.store.catalogue().list(None).unwrap();
-    assert!(listing.snapshots.is_empty() && listing.damaged.is_empty());
-    let newest = lab.store.catalogue().newest(&name("lab"));
-    assert!(matches!(newest, Err(Error::NoSnapshots { .. })));
-    drop(take);
-    assert_eq!(lab.tmp_count(), 0);
 }
 
 #[test]
@@ -704,73 +573,6 @@ fn a_damaged_snapshot_can_be_removed() {
 }
 
 #[test]
-fn only_what_dead_processes_left_is_cleaned_away() {
-    let lab = Lab::new();
-    let live = lab.store.begin(&name("live")).unwrap();
-    let dead = lab.tmp().join("take.dead.20261121T023652Z");
-    fs::create_dir_all(dead.join("members")).unwrap();
-    fs::create_dir_all(lab.tmp().join("removed.x.20261121T023652Z.1/members/a")).unwrap();
-    fs::create_dir(lab.tmp().join("somebody-elses")).unwrap();
-    fs::write(lab.tmp().join("take.file"), "").unwrap();
-    let options = WriterOptions::default();
-    // The engine is dead, its worker isn't yet.
-    let worker = MemberWriter::create(&dead, &name("web-1"), &options).unwrap();
-    assert_eq!(
-        lab.store.clean_tmp().unwrap(),
-        Cleaned {
-            removed: 1,
-            live: 2
-        }
-    );
-    assert!(live.dir().exists() && dead.exists());
-    drop(worker);
-    assert_eq!(
-        lab.store.clean_tmp().unwrap(),
-        Cleaned {
-            removed: 1,
-            live: 1
-        }
-    );
-    assert!(live.dir().exists() && !dead.exists());
-    let late = MemberWriter::create(&dead, &name("web-1"), &options);
-    assert!(matches!(late, Err(Error::Io { .. })));
-    drop(live);
-    assert_eq!(lab.tmp_count(), 2);
-}
-
-#[test]
-fn cleaning_all_the_time_never_takes_a_live_snapshot_away() {
-    let lab = Lab::new();
-    let store = &lab.store;
-    let done = std::sync::atomic::AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            while !done.load(std::sync::atomic::Ordering::Relaxed) {
-                store.clean_tmp().unwrap();
-            }
-        });
-        let takers: Vec<_> = (0..3)
-            .map(|_| {
-                scope.spawn(move || {
-                    for _ in 0..100 {
-                        let take = store.begin_at(&name("lab"), noon()).unwrap();
-                        let options = WriterOptions::default();
-                        let writer = MemberWriter::create(take.dir(), &name("a"), &options);
-                        assert!(writer.is_ok(), "{writer:?}");
-                        assert!(take.dir().join("members/a/pack").exists());
-                    }
-                })
-            })
-            .collect();
-        for taker in takers {
-            taker.join().unwrap();
-        }
-        done.store(true, std::sync::atomic::Ordering::Relaxed);
-    });
-    assert_eq!(lab.tmp_count(), 0);
-}
-
-#[test]
 fn a_stream_with_absurd_frame_numbers_is_refused() {
     let lab = Lab::new();
     let take = lab.store.begin(&name("lab")).unwrap();
@@ -853,58 +655,6 @@ fn free_space_is_told_in_bytes() {
 }
 
 #[test]
-fn what_was_voted_for_stays_until_the_outcome_is_known() {
-    let lab = Lab::new();
-    let id: SnapshotId = "20261121T023652Z".parse().unwrap();
-    let part = |vne: &str| {
-        let mut take = lab.store.begin_as(&name(vne), &id).unwrap();
-        let options = WriterOptions::default();
-        let mut writer = MemberWriter::create(take.dir(), &name("web-1"), &options).unwrap();
-        Ingest::new(&pv_live()[..]).run(&mut writer).unwrap();
-        let image = writer.finish(CONFIG).unwrap();
-        take.vote(vne.as_bytes()).unwrap();
-        image
-    };
-    // The process that voted is gone.
-    let image = part("lab");
-    part("lost.lab");
-    assert!(lab.store.begin_as(&name("lab"), &id).is_err());
-    lab.store.clean_tmp().unwrap();
-    let mut found = lab.store.in_doubt().unwrap();
-    // Nobody else takes care of them now.
-    assert!(lab.store.in_doubt().unwrap().is_empty());
-    found.sort_by(|a, b| a.1.cmp(&b.1));
-    let (lost, vote) = found.pop().unwrap();
-    assert_eq!(vote, b"lost.lab");
-    lost.discard().unwrap();
-    let (mut take, vote) = found.pop().unwrap();
-    assert_eq!(vote, b"lab");
-    assert!(lab
-        .store
-        .catalogue()
-        .list(None)
-        .unwrap()
-        .snapshots
-        .is_empty());
-
-    // Another host's member isn't stored here.
-    let mut manifest = take.manifest(&name("dom0"));
-    let mut here = sample_member("web-1");
-    here.image = image;
-    let mut elsewhere = sample_member("web-2");
-    elsewhere.host = name("dom1");
-    manifest.members = vec![here, elsewhere];
-    take.commit(&manifest).unwrap();
-    assert!(lab.store.in_doubt().unwrap().is_empty());
-    let snapshot = lab.store.catalogue().get(&name("lab"), &id).unwrap();
-    snapshot.verify().unwrap();
-    assert!(!snapshot.dir().join("vote.json").exists());
-    let refused = snapshot.member(&name("web-2")).map(drop);
-    assert!(matches!(refused, Err(Error::Elsewhere { .. })));
-    assert!(std::fs::read_dir(lab.tmp()).unwrap().next().is_none());
-}
-
-#[test]
 fn a_store_has_a_number_of_its_own_that_moves_with_it() {
     let lab = Lab::new();
     assert!(lab.store.id().is_err());
@@ -930,10 +680,9 @@ fn a_store_has_a_number_of_its_own_that_moves_with_it() {
 }
 
 /// A store that is kept as some version of this program has written it.
-fn golden(format: u32) -> Snapshot {
-    let golden = format!("tests/golden/format-{format}");
-    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join(golden);
-    let store = Store::open_existing(&golden).unwrap();
+fn golden(below: &str, key: Option<Key>, format: u32) -> Snapshot {
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+    let store = Store::with_key(&golden.join(below), key).unwrap();
     let listing = store.catalogue().list(None).unwrap();
     assert!(listing.damaged.is_empty(), "{:?}", listing.damaged);
     let snapshot = store.catalogue().newest(&name("lab")).unwrap();
@@ -945,8 +694,16 @@ fn golden(format: u32) -> Snapshot {
 #[test]
 fn snapshots_of_all_formats_are_still_restored() {
     for format in FORMAT_MIN..=FORMAT {
-        assert!(stream_of(&golden(format)).unwrap() == pv_once(), "{format}");
+        let snapshot = golden(&format!("format-{format}"), None, format);
+        assert!(stream_of(&snapshot).unwrap() == pv_once(), "{format}");
     }
+    let sealed = golden("sealed", Some(golden_key()), FORMAT);
+    assert!(stream_of(&sealed).unwrap() == pv_once());
+}
+
+/// Of the store that is kept encrypted.
+fn golden_key() -> Key {
+    Key::new(*b"the key of the golden files, 32.")
 }
 
 /// Once a format has changed, its last store of this kind is what counts.
@@ -956,9 +713,12 @@ fn write_golden() {
     let Some(root) = std::env::var_os("VNE_GOLDEN") else {
         return;
     };
-    let lab = Lab {
-        dir: tempfile::tempdir().unwrap(),
-        store: Store::open(Path::new(&root)).unwrap(),
-    };
-    lab.snapshot(&pv_live());
+    for (below, key) in [("format-2", None), ("sealed", Some(golden_key()))] {
+        let lab = Lab {
+            dir: tempfile::tempdir().unwrap(),
+            store: Store::with_key(&Path::new(&root).join(below), key.clone()).unwrap(),
+            key,
+        };
+        lab.snapshot(&pv_live());
+    }
 }

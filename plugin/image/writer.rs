@@ -10,6 +10,7 @@ use twox_hash::XxHash3_64;
 use super::error::Error;
 use super::files::{self, Lock};
 use super::held::HeldPages;
+use super::key::Key;
 use super::known::Known;
 use super::manifest::{MemberImage, MemberStats};
 use super::name::Name;
@@ -17,10 +18,12 @@ use super::packer::{Packer, Rest};
 use super::packs::Packs;
 use super::publish::{self, Published};
 use super::records::{Record, Records};
-use super::slots::SlotFile;
+use super::seal::Vault;
+use super::slots::{Scrambler, SlotFile};
 use super::store::{self, CONFIG_NAME, INDEX_NAME, PACK_NAME, RECORDS_NAME};
 use super::table::{Content, PageTable, PFN_COUNT_MAX};
 use super::Result;
+use crate::cpu::CpuFeatures;
 use crate::stream::{xc_record, Page, PageType, Place, Sink, XcHeader, PAGE_SIZE};
 
 /// Bytes of a member's records, at most. They are kept in memory until the end:
@@ -34,7 +37,7 @@ const RECORDS_MAX: usize = 1 << 16;
 const STAGED_NAME: &str = "staged";
 
 /// How a [`MemberWriter`] works.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct WriterOptions {
     /// Bytes of pages to keep in memory while the guest is suspended, at most.
     /// Beyond it pages go to the disk, and the guest waits for it.
@@ -42,16 +45,26 @@ pub struct WriterOptions {
     /// Bytes that the hashes of the store's pages may take in memory, at most.
     /// Pages beyond are stored once more.
     pub known_bytes_max: usize,
+    /// Threads that hash and compress, at most.
+    pub threads_max: usize,
+    /// Bytes of pages that wait for them, at most.
+    pub queue_bytes_max: usize,
+    /// What the store is encrypted with, if it is.
+    pub key: Option<Key>,
 }
 
 impl Default for WriterOptions {
     /// 256 MiB: 65,536 pages, hundreds of times what a converged pre-copy
     /// leaves over. And 256 MiB for 11 to 22 million known pages: 40 GiB of
-    /// contents at least.
+    /// contents at least. More threads than 4 only help where there is nothing else
+    /// to do.
     fn default() -> Self {
         WriterOptions {
             held_bytes_max: 256 << 20,
             known_bytes_max: 256 << 20,
+            threads_max: 4,
+            queue_bytes_max: 8 << 20,
+            key: None,
         }
     }
 }
@@ -173,10 +186,15 @@ impl MemberWriter {
             return Err(Error::InUse { path });
         };
         files::make_dir(&dir)?;
-        let packs = Packs::of(store::root_of_take(take_dir));
+        let vault = Vault::new(options.key.clone());
+        let packs = Packs::of(store::root_of_take(take_dir), &vault);
         let (pack, staged) = (dir.join(PACK_NAME), dir.join(STAGED_NAME));
         let known = Known::new(&packs, options.known_bytes_max);
-        let packer = Packer::new(make(&pack)?, &pack, known)?;
+        let scrambler = match vault.seals() {
+            true => Some(Scrambler::new(&staged)?),
+            false => None,
+        };
+        let packer = Packer::new(make(&pack)?, &pack, known, options)?;
         let shared = Shared {
             is_final: AtomicBool::new(false),
             packer: packer.rest(),
@@ -187,7 +205,7 @@ impl MemberWriter {
         };
         Ok(MemberWriter {
             name: name.clone(),
-            slots: SlotFile::over(make(&staged)?, &staged),
+            slots: SlotFile::over(make(&staged)?, &staged, scrambler),
             dir,
             packs,
             packer,
@@ -229,6 +247,7 @@ impl MemberWriter {
         self.stats.pages_held_peak = self.held.peak() as u64;
         self.stats.pages_spilled = self.handle.pages_spilled();
         self.pack_the_rest()?;
+        let cpu_features = self.cpu_features();
         let records = self.encode_records(header);
         let dir = self.dir;
         self.slots.remove()?;
@@ -241,7 +260,8 @@ impl MemberWriter {
         let mut stats = self.stats;
         stats.count(map);
         (stats.pages_new, stats.bytes_new) = *own;
-        let write = |name, bytes: &[u8]| files::write_file(&dir.join(name), name, bytes);
+        let vault = self.packs.vault();
+        let write = |name, bytes: &[u8]| vault.write_file(&dir.join(name), name, bytes);
         let files = vec![
             write(CONFIG_NAME, config_json.as_bytes())?,
             write(RECORDS_NAME, &records)?,
@@ -252,6 +272,7 @@ impl MemberWriter {
             stats,
             files,
             packs: map.packs.iter().map(|(id, _)| *id).collect(),
+            cpu_features,
         })
         // Only now nobody needs to be kept from removing the packs.
     }
@@ -283,6 +304,12 @@ impl MemberWriter {
             self.note(pfn, page_type, Content::Packed(number))?;
         }
         Ok(())
+    }
+
+    fn cpu_features(&self) -> Option<CpuFeatures> {
+        let mut records = self.records.iter();
+        let policy = records.find(|record| record.record_type == xc_record::X86_CPUID_POLICY);
+        policy.map(|policy| CpuFeatures::of_policy(&policy.body))
     }
 
     fn encode_records(&mut self, header: XcHeader) -> Vec<u8> {

@@ -2,6 +2,7 @@
 //! those that had been sent and not received, playing them back when the members
 //! are restored; and a VNE's own bridges and the ways between them.
 
+pub mod announce;
 pub mod frames;
 pub mod hold;
 mod links;

@@ -8,9 +8,12 @@ use std::fs::File;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use super::announce;
+use super::links;
 use super::overlay::{self, Lock, Network, Peers, Seen, Settings, DEFAULT_PORT};
+use super::tap::Tap;
 use super::{Error, Rtnl};
 
 /// A network namespace, for as long as this is there.
@@ -442,4 +445,41 @@ fn killed_between_any_two_steps_it_is_repaired_or_removed() {
     host.sh("ip link add link u0 name vu-lab type macvlan && ip link set vu-lab alias xl-vne:lab");
     host.up(&lab, &there).unwrap();
     assert_eq!(host.seen(), whole);
+}
+
+#[test]
+fn bridges_learn_where_a_member_is_now() {
+    let host = place_or_skip!();
+    host.sh("ip link add name br0 type bridge && ip link set br0 up");
+    let _old = host.guest("br0", "wire", "10.1.0.1");
+    let _new = host.guest("br0", "vif1.0", "10.1.0.2");
+    let table = || host.sh("bridge fdb show br br0 | grep 00:16:3e:00:00:77 || true");
+    host.sh("bridge fdb replace 00:16:3e:00:00:77 dev wire master dynamic");
+    assert!(table().contains("dev wire"), "{}", table());
+
+    // What goes there goes to all other hosts.
+    let tap = host.enter(|| {
+        let links = links::all(&mut Rtnl::open().unwrap()).unwrap();
+        let wire = links.iter().find(|link| link.name == "wire").unwrap();
+        let tap = Tap::open(wire.index).unwrap();
+        tap.listen().unwrap();
+        tap
+    });
+    let mac = announce::parse_mac("00:16:3e:00:00:77").unwrap();
+    host.enter(|| {
+        let mut rtnl = Rtnl::open().unwrap();
+        announce::announce(&mut rtnl, &[("lo", mac), ("vif1.0", mac), ("gone", mac)]).unwrap();
+    });
+    assert!(table().contains("dev vif1.0"), "{}", table());
+    // Beside what guests say by themselves.
+    let deadline = Instant::now() + Duration::from_secs(5);
+    let from_it = loop {
+        let frame = tap.first(1, 0, deadline).unwrap().remove(0);
+        if frame.bytes[6..12] == mac {
+            break frame.bytes;
+        }
+    };
+    assert_eq!(from_it[..6], [0xff; 6]);
+    assert_eq!(from_it[12..22], [0x80, 0x35, 0, 1, 8, 0, 6, 4, 0, 3]);
+    assert_eq!(from_it.len(), 60);
 }

@@ -11,7 +11,10 @@ use super::error::Error;
 use super::lead::{Progress, TakeRequest, Taken};
 use super::restore;
 use super::rpc::SnapshotRef;
-use super::rpc::{self, explain, AdminClient, DaemonStatus, JobDone, JobId, JobTold, PeerTest};
+use super::rpc::{
+    self, explain, AdminClient, CopyDone, CopyProgress, DaemonStatus, JobDone, JobId, JobTold,
+    PeerTest, RestoreOrder,
+};
 use super::vned::SOCKET;
 use crate::image::Name;
 
@@ -78,24 +81,17 @@ impl Daemon {
         })?;
         match done {
             JobDone::Take(taken) => Ok(taken),
-            JobDone::Failed(why) => Err(Error::Failed(why)),
-            JobDone::Restore => Err(Error::Failed(String::from("vned did something else"))),
+            done => Err(failed(done)),
         }
     }
 
     /// Has it restore a snapshot, or a copy of it under another name.
     pub fn restore(
         &self,
-        snapshot: SnapshotRef,
-        store: PathBuf,
-        copy: Option<Name>,
-        paused: bool,
+        order: RestoreOrder,
         progress: &mut dyn restore::Progress,
     ) -> Result<(), Error> {
-        let job = match copy {
-            None => self.call(self.client.restore(snapshot, store, paused))?,
-            Some(copy) => self.call(self.client.restore_copy(snapshot, store, copy, paused))?,
-        };
+        let job = self.call(self.client.restore(order))?;
         let done = self.watch(job, |told| match told {
             JobTold::Building(members) => {
                 let members: Vec<&str> = members.iter().map(String::as_str).collect();
@@ -104,12 +100,32 @@ impl Daemon {
             JobTold::Built(member) => progress.built(&member),
             JobTold::Released { played } => progress.released(played),
             JobTold::Warning(what) => log::warn!("{what}"),
+            JobTold::Copying(how_far) => progress.copying(how_far),
             JobTold::Take(_) => {}
         })?;
         match done {
             JobDone::Restore => Ok(()),
-            JobDone::Failed(why) => Err(Error::Failed(why)),
-            JobDone::Take(_) => Err(Error::Failed(String::from("vned did something else"))),
+            done => Err(failed(done)),
+        }
+    }
+
+    /// Has it copy what a store has of a snapshot to another host.
+    pub fn copy(
+        &self,
+        snapshot: SnapshotRef,
+        store: PathBuf,
+        host: Name,
+        progress: &mut dyn FnMut(CopyProgress),
+    ) -> Result<CopyDone, Error> {
+        let job = self.call(self.client.copy(snapshot, store, host))?;
+        let done = self.watch(job, |told| {
+            if let JobTold::Copying(how_far) = told {
+                progress(how_far);
+            }
+        })?;
+        match done {
+            JobDone::Copied(done) => Ok(done),
+            done => Err(failed(done)),
         }
     }
 
@@ -161,6 +177,14 @@ impl Daemon {
     /// Has it try its peers.
     pub fn test_peers(&self, name: Option<&Name>) -> Result<Vec<PeerTest>, Error> {
         self.call(self.client.test_peers(name.cloned()))
+    }
+}
+
+/// What ended otherwise than it was asked to.
+fn failed(done: JobDone) -> Error {
+    match done {
+        JobDone::Failed(why) => Error::Failed(why),
+        _ => Error::Failed(String::from("vned did something else")),
     }
 }
 

@@ -9,7 +9,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use super::tls::Fingerprint;
-use crate::image::{self, Name};
+use crate::image::{self, KeySource, Name};
 
 /// Where a daemon listens, and is looked for, if no port is named.
 pub const DEFAULT_PORT: u16 = 7791;
@@ -117,6 +117,15 @@ pub struct Conf {
     pub listen: Option<String>,
     /// The hosts that this one talks to.
     pub peers: Vec<Peer>,
+    /// The peers that say which members run here, and how those are configured.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub accept_members: Vec<Name>,
+    /// Where the key of this host's stores comes from; they are plain without.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub store_key: Option<KeySource>,
+    /// MiB that members may take together while they are stored or read back.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub store_memory_mib: Option<u32>,
 }
 
 /// Another host, and what it may have a part in.
@@ -139,6 +148,12 @@ struct Unchecked {
     listen: Option<String>,
     #[serde(default)]
     peers: Vec<Peer>,
+    #[serde(default)]
+    accept_members: Vec<Name>,
+    #[serde(default)]
+    store_key: Option<KeySource>,
+    #[serde(default)]
+    store_memory_mib: Option<u32>,
 }
 
 impl TryFrom<Unchecked> for Conf {
@@ -149,6 +164,9 @@ impl TryFrom<Unchecked> for Conf {
             name: from.name,
             listen: from.listen,
             peers: from.peers,
+            accept_members: from.accept_members,
+            store_key: from.store_key,
+            store_memory_mib: from.store_memory_mib,
         };
         conf.check()?;
         Ok(conf)
@@ -156,6 +174,11 @@ impl TryFrom<Unchecked> for Conf {
 }
 
 impl Conf {
+    /// Bytes that members may take together while they are stored or read back.
+    pub fn store_memory_bytes(&self) -> Option<u64> {
+        self.store_memory_mib.map(|mib| u64::from(mib) << 20)
+    }
+
     /// Whether this makes sense as a whole.
     ///
     /// # Errors
@@ -376,6 +399,9 @@ mod tests {
             name: name("alpha"),
             listen: Some(String::from("0.0.0.0:7791")),
             peers,
+            accept_members: Vec::new(),
+            store_key: None,
+            store_memory_mib: None,
         }
     }
 

@@ -1,6 +1,8 @@
 //! A copy of a VNE under another name: what its members are called, and how
 //! their configurations differ from the originals'.
 
+use std::path::Path;
+
 use serde_json::{Map, Value};
 
 use super::error::Error;
@@ -26,8 +28,14 @@ pub fn name_in(copy: &Name, member: &Name) -> Result<Name, Error> {
 }
 
 /// The member of a copy called `copy` that is made from this one. Its addresses
-/// stay; its network is the copy's own.
-pub(super) fn member(copy: &Name, member: &Name, config_json: &str) -> Result<Member, Error> {
+/// stay; its network is the copy's own, and so are `disks`: the guest's name of each,
+/// and what it is in dom0.
+pub(super) fn member(
+    copy: &Name,
+    member: &Name,
+    config_json: &str,
+    disks: &[(&str, &Path)],
+) -> Result<Member, Error> {
     let name = name_in(copy, member)?;
     let uuid = uuid().map_err(Error::start("get a random number"))?;
     let unfit = |why: String| Error::Failed(format!("'{member}' can't be copied: {why}"));
@@ -35,7 +43,19 @@ pub(super) fn member(copy: &Name, member: &Name, config_json: &str) -> Result<Me
         serde_json::from_str(config_json).map_err(|error| unfit(error.to_string()))?;
     let what = |key: &str| unfit(format!("its configuration has no {key}"));
     let root = config.as_object_mut().ok_or_else(|| what("contents"))?;
-    refuse_shared(root).map_err(unfit)?;
+    for disk in root
+        .get_mut("disks")
+        .and_then(Value::as_array_mut)
+        .into_iter()
+        .flatten()
+    {
+        let vdev = disk.get("vdev").and_then(Value::as_str);
+        let own = disks.iter().find(|(name, _)| vdev == Some(name));
+        if let (Some((_, path)), Some(disk)) = (own, disk.as_object_mut()) {
+            disk.insert("pdev_path".to_owned(), path.to_string_lossy().into());
+        }
+    }
+    refuse_shared(root, disks).map_err(unfit)?;
     let domain = root.get_mut("c_info").and_then(Value::as_object_mut);
     let domain = domain.ok_or_else(|| what("c_info"))?;
     domain.insert("name".to_owned(), name.as_str().into());
@@ -56,7 +76,7 @@ pub(super) fn member(copy: &Name, member: &Name, config_json: &str) -> Result<Me
 }
 
 /// What two domains can't have at a time.
-fn refuse_shared(config: &Map<String, Value>) -> Result<(), String> {
+fn refuse_shared(config: &Map<String, Value>, own: &[(&str, &Path)]) -> Result<(), String> {
     let list = |key: &str| {
         let found = config.get(key).and_then(Value::as_array);
         found.map(Vec::as_slice).unwrap_or_default()
@@ -70,9 +90,14 @@ fn refuse_shared(config: &Map<String, Value>) -> Result<(), String> {
         Some(Value::Number(number)) => number.as_u64() != Some(0),
         _ => false,
     };
-    if let Some(disk) = list("disks").iter().find(writes) {
+    let shared = |disk: &&Value| {
+        let vdev = disk.get("vdev").and_then(Value::as_str);
+        writes(disk) && !own.iter().any(|(name, _)| vdev == Some(name))
+    };
+    if let Some(disk) = list("disks").iter().find(shared) {
         return Err(format!(
-            "it writes to the disk {} ({}), which the original may use",
+            "it writes to the disk {} ({}), which the original may use, and which isn't in the \
+             snapshot (take one without --memory-only)",
             text(disk, "vdev"),
             text(disk, "pdev_path")
         ));
@@ -106,8 +131,23 @@ mod tests {
     use super::*;
 
     fn made(config: &str) -> Result<Member, Error> {
+        made_with(config, &[])
+    }
+
+    fn made_with(config: &str, disks: &[(&str, &Path)]) -> Result<Member, Error> {
         let (copy, web) = (Name::new("try").unwrap(), Name::new("web").unwrap());
-        member(&copy, &web, config)
+        member(&copy, &web, config, disks)
+    }
+
+    #[test]
+    fn a_copy_has_disks_of_its_own_and_shares_those_that_are_only_read() {
+        let config = r#"{"c_info":{},"disks":[
+            {"vdev":"xvda","pdev_path":"/dev/vg/web","readwrite":1},
+            {"vdev":"xvdb","pdev_path":"/cd.iso","readwrite":0}]}"#;
+        let made = made_with(config, &[("xvda", Path::new("/dev/vg/try-web"))]).unwrap();
+        let config: Value = serde_json::from_str(&made.config_json).unwrap();
+        assert_eq!(config["disks"][0]["pdev_path"], "/dev/vg/try-web");
+        assert_eq!(config["disks"][1]["pdev_path"], "/cd.iso");
     }
 
     #[test]

@@ -11,9 +11,10 @@ use rustix::fs::FlockOperation;
 use super::held;
 use super::journal::{self, JournalCap, JournalDomain, JournalProcess, Orphan, RestoreStage};
 use super::workers::Program;
+use crate::disk::exchange;
 use crate::domain::recover::recover_domains;
 use crate::domain::xl::{self, Xl};
-use crate::image::Store;
+use crate::image::{self, Store};
 use crate::net::{self, HoldRecord};
 use crate::sentence::sentence;
 
@@ -23,6 +24,9 @@ const WORKER_END_MAX: Duration = Duration::from_millis(1_000);
 /// An 'xl restore' whose save file ends too early destroys what it has half
 /// built, and lets the next one do so: they share a lock. Then it's killed.
 pub(super) const BUILDER_END_MAX: Duration = Duration::from_secs(10);
+/// How long a disk's capture may go on when its engine was killed; longer, and the next
+/// take cleans up after it.
+const CAPTURE_END_MAX: Duration = Duration::from_secs(5);
 /// How long a killed process may take to end.
 pub(super) const KILLED_END_MAX: Duration = Duration::from_secs(2);
 
@@ -70,13 +74,18 @@ pub fn clean_up(xl: &Xl, program: &Program, orphan: Orphan) {
                 .map(|domain| (domain.domid, domain.uuid.as_str()))
                 .collect();
             must(recover_domains(xl, &domains, record.asked).map_err(|error| sentence(&error)));
-            if let Err(error) = Store::open(&record.store).and_then(|store| store.clean_tmp()) {
+            if let Err(error) = clean_store(&record.store) {
                 // Half a snapshot is never listed; the next take tries again.
                 log::warn!("{}", sentence(&error));
             }
         }
-        Some(Outcome::End(stage)) => must(end_restore(xl, program, &record.domains, stage)),
-        Some(Outcome::Leave) => {}
+        Some(Outcome::End(stage)) => {
+            let ended = end_restore(xl, program, &record.domains, stage);
+            // Disks that somebody may still use stay as they are.
+            let forward = stage == RestoreStage::Releasing;
+            must(ended.and_then(|()| end_exchange(record, forward)));
+        }
+        Some(Outcome::Leave) => must(end_exchange(record, true)),
         Some(Outcome::Wait) => {
             let leader = record.leader.as_deref().unwrap_or("its leader");
             log::warn!("vned has to ask host '{leader}' how the restore was decided");
@@ -88,6 +97,20 @@ pub fn clean_up(xl: &Xl, program: &Program, orphan: Orphan) {
             log::error!("{}", sentence(&error));
         }
     }
+}
+
+/// Deletes the killed take's part. A tool that captures a disk outlives its engine, and is
+/// waited for: what it makes is to go as well.
+fn clean_store(root: &Path) -> Result<(), image::Error> {
+    let store = Store::open(root)?;
+    let start = Instant::now();
+    while store.clean_tmp()?.live > 0 && store.has_captures() {
+        if start.elapsed() > CAPTURE_END_MAX {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    Ok(())
 }
 
 /// What is to become of the domains that a killed restore has built.
@@ -112,6 +135,13 @@ fn outcome(orphan: &Orphan, stage: RestoreStage) -> Outcome {
         None if joint.led_here => Outcome::End(RestoreStage::Building),
         None => Outcome::Wait,
     }
+}
+
+/// The disks of a killed restore: those that members have stay, others are put back.
+fn end_exchange(record: &journal::Record, forward: bool) -> Result<(), String> {
+    let folder = record.exchange.as_deref();
+    let ended = folder.map_or(Ok(()), |folder| exchange::end(folder, forward));
+    ended.map_err(|error| sentence(&error))
 }
 
 /// Half a VNE must not stay: its domains all run, or none exists. Nobody may be

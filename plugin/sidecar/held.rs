@@ -16,6 +16,7 @@ use super::error::Error;
 use super::journal::{Journal, Record};
 use super::workers::Program;
 use crate::domain::{DomainFacts, Vif};
+use crate::net::announce::{self, Mac};
 use crate::net::frames::Frame;
 use crate::net::{self, Hold, HoldRecord, Nft, Player, Rtnl, BACKLOG_MAX};
 use crate::sentence::sentence;
@@ -60,6 +61,8 @@ struct WaitedFor {
     devid: u32,
     vif: String,
     emulated: bool,
+    /// The guest's address, if libxl says it.
+    mac: Option<Mac>,
 }
 
 impl Held {
@@ -83,6 +86,7 @@ impl Held {
                 devid: vif.devid,
                 vif: vif.ifname.clone(),
                 emulated: emulated.is_some(),
+                mac: announce::parse_mac(&vif.mac),
             });
             planned.push(HoldRecord::new(member.domid, vif.devid, &vif.ifname));
             planned.extend(emulated);
@@ -146,8 +150,23 @@ impl Held {
     }
 
     /// Waits until all front ends are connected, but not for ever, and not if
-    /// `enough` says so. Says which members' interfaces aren't.
-    pub fn wait_connected(&mut self, mut enough: impl FnMut() -> bool) -> Vec<String> {
+    /// `enough` says so, and tells the network where they are. Says which members'
+    /// interfaces aren't connected.
+    pub fn wait_connected(&mut self, enough: impl FnMut() -> bool) -> Vec<String> {
+        let late = self.await_front_ends(enough);
+        let places: Vec<(&str, Mac)> = self
+            .waited_for
+            .iter()
+            .filter_map(|one| Some((one.vif.as_str(), one.mac?)))
+            .collect();
+        if let Err(error) = announce::announce(&mut self.rtnl, &places) {
+            // They are found when they have sent something.
+            log::warn!("{}", sentence(&error));
+        }
+        late
+    }
+
+    fn await_front_ends(&mut self, mut enough: impl FnMut() -> bool) -> Vec<String> {
         let start = Instant::now();
         loop {
             let late = self.late(start.elapsed());

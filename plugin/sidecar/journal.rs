@@ -117,6 +117,10 @@ pub struct Record {
     /// For a restore over several hosts.
     #[serde(default)]
     pub joint: Option<Joint>,
+    /// For a restore with disks: the folder that says what becomes of them
+    /// (`disk::exchange`).
+    #[serde(default)]
+    pub exchange: Option<PathBuf>,
 }
 
 /// A restore over several hosts.
@@ -129,6 +133,25 @@ pub struct Joint {
 }
 
 impl Record {
+    /// A restore's of no members, for tests.
+    #[cfg(test)]
+    pub(super) fn of_restore(stage: RestoreStage) -> Self {
+        Self {
+            vne: String::from("lab"),
+            leader: None,
+            pid: std::process::id(),
+            store: PathBuf::new(),
+            domains: Vec::new(),
+            asked: false,
+            workers: Vec::new(),
+            holds: Vec::new(),
+            caps: Vec::new(),
+            restore: Some(stage),
+            joint: None,
+            exchange: None,
+        }
+    }
+
     /// Take or restore.
     pub fn what(&self) -> &'static str {
         match self.restore {
@@ -515,6 +538,7 @@ mod tests {
             holds: vec![HoldRecord::new(1, 0, "vif1.0")],
             restore: None,
             joint: None,
+            exchange: None,
         }
     }
 

@@ -514,6 +514,7 @@ impl Leading<'_> {
                 at_ns: cuts.iter().map(after).collect(),
                 hold_ns: hold_ns.unwrap_or_default(),
             },
+            stored: Vec::new(),
             members: members.into_iter().map(|(_, entry, _)| entry).collect(),
         })
     }

@@ -1,10 +1,12 @@
 //! From what a take has seen to what the snapshot says about itself.
 
+use crate::disk::Piece;
+use crate::domain::facts::Disk;
 use crate::domain::messages::CutTimes;
 use crate::domain::policy::Round;
-use crate::domain::{DomainFacts, DomainKind};
+use crate::domain::{DomainFacts, DomainKind, Vif};
 use crate::image::{
-    self, DomainType, Downtime, Member, MemberImage, Name, Timeline, TimelineRound,
+    self, DomainType, Downtime, Member, MemberImage, Name, RanOn, Timeline, TimelineRound,
 };
 
 /// The largest difference between two members' cuts, in ns, given when each
@@ -22,7 +24,10 @@ pub fn downtime(times: &CutTimes) -> Downtime {
         suspend_ns: times.suspended_ns.saturating_sub(times.requested_ns),
         last_pages_ns: times.pages_done_ns.saturating_sub(times.suspended_ns),
         device_state_ns: times.saved_ns.saturating_sub(times.pages_done_ns),
-        resume_ns: times.resumed_ns.saturating_sub(times.saved_ns),
+        disks_ns: times.disks_ns.saturating_sub(times.saved_ns),
+        resume_ns: times
+            .resumed_ns
+            .saturating_sub(times.disks_ns.max(times.saved_ns)),
     }
 }
 
@@ -69,7 +74,7 @@ pub fn member(
     facts: &DomainFacts,
     rounds: &[Round],
     times: &CutTimes,
-    image: MemberImage,
+    (image, disks): (MemberImage, Vec<Piece>),
 ) -> Result<Member, image::Error> {
     let precopied: u64 = rounds.iter().map(|round| round.pages).sum();
     Ok(Member {
@@ -84,6 +89,7 @@ pub fn member(
         },
         memory_kib: facts.memory_kib,
         vcpus: facts.vcpus,
+        ran_on: Some(ran_on(facts, &disks, &image)),
         downtime: downtime(times),
         rounds: u32::try_from(rounds.len() + 1).unwrap_or(u32::MAX),
         pages_sent: precopied + times.final_pages,
@@ -91,12 +97,36 @@ pub fn member(
         stream_bytes: times.stream_bytes,
         diverged: false,
         throttled_to: None,
-        uncaptured_disks: facts.writable_disks(),
+        uncaptured_disks: match disks.is_empty() {
+            true => facts.writable_disks(),
+            // All of them, or the take was refused.
+            false => Vec::new(),
+        },
+        read_only_disks: facts.read_only_disks(),
+        disks,
         late_frames: 0,
         recorded: None,
         timeline: None,
         image,
     })
+}
+
+fn ran_on(facts: &DomainFacts, captured: &[Piece], image: &MemberImage) -> RanOn {
+    let disks = facts.disks.iter();
+    let disks = disks.filter(|disk| !captured.iter().any(|piece| piece.vdev == disk.vdev));
+    let bridges = facts.vifs.iter().filter_map(Vif::plain_bridge);
+    let mut bridges: Vec<_> = bridges.map(str::to_owned).collect();
+    bridges.sort_unstable();
+    bridges.dedup();
+    RanOn {
+        // What Xen shows beside that, it emulates anywhere.
+        cpu_features: match (image.cpu_features, facts.host_cpu) {
+            (Some(shown), Some(host)) => Some(shown.both(host)),
+            _ => None,
+        },
+        bridges,
+        disks: disks.filter_map(Disk::path).map(str::to_owned).collect(),
+    }
 }
 
 #[cfg(test)]
@@ -117,10 +147,12 @@ mod tests {
             suspended_ns: 160,
             pages_done_ns: 180,
             saved_ns: 200,
-            resumed_ns: 215,
+            disks_ns: 207,
+            resumed_ns: 222,
             final_pages: 9,
             stream_bytes: 0,
         };
-        assert_eq!(downtime(&times).total_ns(), 115);
+        assert_eq!(downtime(&times).total_ns(), 122);
+        assert_eq!(downtime(&times).disks_ns, 7);
     }
 }

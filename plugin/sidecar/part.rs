@@ -8,6 +8,7 @@ use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
 use super::acting::{Heard, Which};
+use super::disks::{self, Capture};
 use super::error::Error;
 use super::journal::{Journal, JournalCap, JournalDomain, Record, Register};
 use super::manifest::{timeline, Marks};
@@ -16,10 +17,13 @@ use super::wire::{Attached, PartMember, Plan};
 use super::workers::{Program, Rendezvous, Worker};
 use crate::clock::now_ns;
 use crate::cut::{HostAction, HostInput};
+use crate::disk::Piece;
 use crate::domain::messages::{Command, CutTimes, Event};
 use crate::domain::policy::Round;
 use crate::domain::DomainFacts;
-use crate::image::{self, Manifest, Member as Entry, MemberImage, Name, Recorded, Store};
+use crate::image::{
+    self, Manifest, Member as Entry, MemberImage, MemoryShare, Name, Recorded, Store,
+};
 use crate::net::{self, Frame, Hold, HoldRecord, Nft, Rtnl, Stopped, Watched};
 use crate::sentence::sentence;
 
@@ -61,6 +65,10 @@ struct Member {
     times: Option<CutTimes>,
     /// Its holds, by their place among the part's.
     holds: Range<usize>,
+    /// What is made of its disks.
+    disks: Vec<Piece>,
+    /// That this is being done.
+    capture: Option<Capture>,
     /// Its network at its cut.
     stopped: Option<Stopped>,
     watched: Option<Watched>,
@@ -91,6 +99,8 @@ pub struct Place {
     pub program: Program,
     /// How much of a member's last pages to keep in memory, in bytes.
     pub final_buffer_bytes: usize,
+    /// Bytes that this host's members may take together, if there is a limit.
+    pub memory_bytes: Option<u64>,
 }
 
 /// One host's part of one take.
@@ -173,6 +183,8 @@ impl Part {
                 rounds: Vec::new(),
                 times: None,
                 holds: 0..0,
+                disks: Vec::new(),
+                capture: None,
                 stopped: None,
                 watched: None,
                 late: 0,
@@ -187,15 +199,19 @@ impl Part {
     }
 
     /// Whether all members have been looked at, and can be captured.
-    pub fn looked_at(&self) -> Option<Result<(), Error>> {
+    pub fn looked_at(&mut self) -> Option<Result<(), Error>> {
         if self.members.iter().any(|member| member.facts.is_none()) {
             return None;
         }
-        Some(if self.plan.memory_only {
-            Ok(())
-        } else {
-            refuse_writable_disks(&self.facts())
-        })
+        if self.plan.memory_only {
+            return Some(Ok(()));
+        }
+        let planned = disks::plan(&self.facts(), self.which.take.0);
+        Some(planned.map(|planned| {
+            for (member, pieces) in self.members.iter_mut().zip(planned) {
+                member.disks = pieces;
+            }
+        }))
     }
 
     /// What was seen of the members. Another host needn't know what else their
@@ -252,7 +268,10 @@ impl Part {
             }
             Event::Stopped(stopped) => {
                 member.stopped = Some(stopped);
-                Some(HostInput::Cut(index))
+                match self.capture_disks(index) {
+                    Ok(()) => Some(HostInput::Cut(index)),
+                    Err(error) => Some(HostInput::Failed(sentence(&error))),
+                }
             }
             Event::Cut(times) => {
                 member.times = Some(times);
@@ -335,6 +354,8 @@ impl Part {
                 self.uncap()?;
                 self.finalise_ns = now_ns();
                 self.tell_all(&Command::Finalise);
+                let captures = self.members.iter_mut().filter_map(|m| m.capture.as_mut());
+                captures.for_each(Capture::settle);
                 Ok(None)
             }
             HostAction::Vote => {
@@ -361,6 +382,7 @@ impl Part {
     pub fn arm(&mut self) -> Result<(), Error> {
         let facts = self.facts();
         check_space(&self.place.store, &facts)?;
+        self.memory()?;
         let mut planned = Vec::new();
         for (member, facts) in self.members.iter_mut().zip(&facts) {
             let first = planned.len();
@@ -387,12 +409,20 @@ impl Part {
             caps: Vec::new(),
             restore: None,
             joint: None,
+            exchange: None,
         };
         let journal = self.register.enter(record)?;
         start_guard(&self.place.program, &journal)?;
         self.journal = Some(journal);
 
-        self.snapshot = Some(self.store.begin_as(&self.plan.vne, &self.plan.id)?);
+        let snapshot = self.store.begin_as(&self.plan.vne, &self.plan.id)?;
+        let pieces = self.members.iter().flat_map(|member| &member.disks);
+        let pieces: Vec<Piece> = pieces.cloned().collect();
+        let snapshot = self.snapshot.insert(snapshot);
+        if !pieces.is_empty() {
+            snapshot.add_disks(&pieces)?;
+            disks::prepare(&pieces)?;
+        }
         let rtnl = self.rtnl.insert(Rtnl::open()?);
         let nft = self.nft.insert(Nft::open()?);
         for hold in &planned {
@@ -403,6 +433,22 @@ impl Part {
             let planned = planned.get(member.holds.clone()).unwrap_or_default();
             member.watched = Some(Watched::open(planned)?);
         }
+        Ok(())
+    }
+
+    /// Has a member's disks captured, which stands still.
+    fn capture_disks(&mut self, index: usize) -> Result<(), Error> {
+        let Some(member) = self.members.get_mut(index) else {
+            return Ok(());
+        };
+        if member.disks.is_empty() {
+            return Ok(());
+        }
+        let snapshot = self.snapshot.as_ref().ok_or_else(lost)?;
+        let worker = member.worker.socket();
+        let worker = worker.map_err(Error::start("capture disks"))?;
+        let capture = Capture::start(member.disks.clone(), snapshot.lock()?, worker);
+        member.capture = Some(capture.map_err(Error::start("capture disks"))?);
         Ok(())
     }
 
@@ -471,8 +517,15 @@ impl Part {
         Ok(journal.update(|record| record.caps.clear())?)
     }
 
+    /// What each member may take, if there is a limit.
+    fn memory(&self) -> Result<Option<MemoryShare>, Error> {
+        let share = |limit| MemoryShare::of(limit, self.members.len());
+        Ok(self.place.memory_bytes.map(share).transpose()?)
+    }
+
     fn start_precopy(&mut self) -> Result<(), Error> {
         let snapshot = self.snapshot.as_ref();
+        let memory = self.memory()?;
         for member in &self.members {
             let (Some(facts), Some(snapshot)) = (&member.facts, snapshot) else {
                 continue;
@@ -481,7 +534,9 @@ impl Part {
                 directory: snapshot.dir().to_owned(),
                 policy: self.plan.policy,
                 final_buffer_bytes: self.place.final_buffer_bytes,
+                memory_bytes: memory.map(|share| share.bytes()),
                 holds: holds_of(&self.holds, member).map(Hold::record).collect(),
+                disks: !member.disks.is_empty(),
             };
             member.worker.tell(&order).map_err(|source| {
                 Error::Failed(format!(
@@ -629,7 +684,13 @@ impl Part {
                     late_frames: member.late,
                     recorded: member.recorded.take(),
                     timeline: Some(timeline(&member.rounds, times, &marks)),
-                    ..super::manifest::member(host, facts, &member.rounds, times, image)?
+                    ..super::manifest::member(
+                        host,
+                        facts,
+                        &member.rounds,
+                        times,
+                        (image, member.disks.clone()),
+                    )?
                 },
                 suspended_ns: times.suspended_ns,
             });
@@ -707,6 +768,23 @@ impl Part {
             if let Some(Err(error)) = self.journal.take().map(Journal::close) {
                 log::error!("{}", sentence(&error));
             }
+        }
+        self.end_captures();
+    }
+
+    /// Waits until no disk is being captured any more, so that all that was made can be
+    /// removed. Guests run, and don't wait for this.
+    fn end_captures(&mut self) {
+        let mut ended = true;
+        for capture in self.members.iter_mut().filter_map(|m| m.capture.take()) {
+            ended &= capture.end();
+        }
+        if ended {
+            return;
+        }
+        if let Some(snapshot) = self.snapshot.take() {
+            log::error!("a disk is still being captured: the next take removes what comes of it");
+            snapshot.leave();
         }
     }
 
@@ -829,23 +907,6 @@ fn recover(program: &Program, domains: &[JournalDomain], asked: bool) -> bool {
             _ => return false,
         }
     }
-}
-
-/// A restored memory finds its disks as the guest left them later: a file
-/// system doesn't survive that. So it has to be asked for.
-fn refuse_writable_disks(members: &[DomainFacts]) -> Result<(), Error> {
-    for member in members {
-        let disks = member.writable_disks();
-        if !disks.is_empty() {
-            return Err(Error::Failed(format!(
-                "member '{}' can write to {}, and this version doesn't capture disks (if you put \
-                 them back yourself as they were, take its memory alone with --memory-only)",
-                member.name,
-                disks.join(", ")
-            )));
-        }
-    }
-    Ok(())
 }
 
 /// The parts can't be larger than the members' memory; a few MiB are theirs.

@@ -92,6 +92,11 @@ impl Remote {
         Ok(made)
     }
 
+    /// A connection beside that one, for what sends much.
+    pub async fn connect_apart(&self) -> Result<Client, String> {
+        self.connect().await
+    }
+
     /// Why it couldn't be reached the last time.
     pub fn trouble(&self) -> Option<String> {
         let trouble = self.trouble.lock();

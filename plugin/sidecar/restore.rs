@@ -16,14 +16,17 @@ use std::time::{Duration, Instant};
 
 use super::copy;
 use super::error::Error;
+use super::fit::Needs;
 use super::guard::{BUILDER_END_MAX, KILLED_END_MAX};
 use super::held::{self, Held, Recorded};
 use super::journal::{Joint, Journal, JournalDomain, Record, Register, RestoreStage};
 use super::part::start_guard;
+use super::rpc::CopyProgress;
 use super::signals;
 use super::take::sweep;
 use super::workers::{journal_process, Program, Words};
-use crate::image::{self, Name, Snapshot};
+use crate::disk::exchange::{self, Change, Exchange};
+use crate::image::{self, Manifest, Member, MemoryShare, Name, Snapshot, Store};
 use crate::net::{self, Frame};
 use crate::sentence::sentence;
 use crate::stream;
@@ -45,16 +48,22 @@ pub struct RestoreRequest {
     /// The host that leads the restore and what that is called, if there are
     /// several hosts.
     pub joint: Option<(Name, Joint)>,
+    /// The members to restore; none for those that ran on this host.
+    pub members: Option<Vec<Name>>,
     /// Not the members themselves, but copies: what the VNE that they make up is
     /// called.
     pub copy: Option<Name>,
     /// Leave the members paused when all are built. What was recorded of their
     /// frames is left out then: it would have to wait for as long as they do.
     pub paused: bool,
+    /// Bytes that the members may take together, if there is a limit.
+    pub memory_bytes: Option<u64>,
 }
 
 /// What there is to see of a restore while it works.
 pub trait Progress {
+    /// A part of the snapshot goes from one host to another.
+    fn copying(&mut self, how_far: CopyProgress);
     /// All is checked; the members are being built.
     fn building(&mut self, members: &[&str]);
     /// One is built, paused.
@@ -110,6 +119,19 @@ pub(super) fn not_played_back(recorded: u64) -> Option<String> {
     })
 }
 
+/// The members that are to be built here.
+fn chosen<'m>(
+    request: &RestoreRequest,
+    manifest: &'m Manifest,
+) -> impl Iterator<Item = &'m Member> {
+    let chosen = request.members.clone();
+    let of_host = manifest.host.clone();
+    manifest.members_here().filter(move |member| match &chosen {
+        Some(chosen) => chosen.contains(&member.name),
+        None => member.host == of_host,
+    })
+}
+
 /// What is recorded of the frames that a member had sent, in order.
 fn recorded(snapshot: &Snapshot, member: &Name) -> Result<Vec<Frame>, Error> {
     let Some(file) = snapshot.recorded_frames(member)? else {
@@ -127,6 +149,8 @@ pub(super) struct Built {
     held: Option<Held>,
     /// How many frames are recorded of them.
     recorded: u64,
+    /// Their disks, of which it isn't decided yet whether they stay.
+    exchange: Option<Exchange>,
 }
 
 /// Builds all members of `snapshot` that are on this host, or none.
@@ -138,18 +162,44 @@ pub(super) fn build(
 ) -> Result<Built, Error> {
     let register = Register::open(&request.run_dir)?;
     sweep(&request.program, &register)?;
+    let store = Store::open(&request.store)?;
+    recover_disks(&store, &register)?;
     let manifest = snapshot.manifest();
+    let number = crate::random::number();
+    let number = number.map_err(Error::start("get a random number"))?;
+    let mut changes = Vec::new();
+    let memory = match request.memory_bytes {
+        Some(limit) => Some(MemoryShare::of(limit, chosen(request, manifest).count())?),
+        None => None,
+    };
     // Every header and index is read and checked before the first domain is
     // built; each page is checked as it's read.
     let mut domains = Vec::new();
     let mut members = Vec::new();
     let mut frames = Vec::new();
-    for entry in manifest.members_here() {
-        let reader = snapshot.member(&entry.name)?;
+    for entry in chosen(request, manifest) {
+        let mut reader = snapshot.member(&entry.name)?;
+        if let Some(memory) = memory {
+            reader.limit(memory);
+        }
+        let first = changes.len();
+        for piece in snapshot.disks(&entry.name)? {
+            let change = match &request.copy {
+                None => Change::put_back(piece, number, changes.len()),
+                Some(copy) => Change::make(piece, copy.as_str()),
+            };
+            let unfit = |error| {
+                let (name, vdev, why) = (&entry.name, &piece.vdev, sentence(&error));
+                Error::Failed(format!("{vdev} of '{name}': {why}; nothing was touched"))
+            };
+            changes.push(change.map_err(unfit)?);
+        }
         let (name, uuid, config) = match &request.copy {
             None => (entry.name.clone(), entry.uuid.clone(), None),
             Some(copy) => {
-                let member = copy::member(copy, &entry.name, reader.config_json())?;
+                let disks = changes.iter().skip(first).filter_map(Change::made);
+                let disks: Vec<_> = disks.collect();
+                let member = copy::member(copy, &entry.name, reader.config_json(), &disks)?;
                 (member.name, member.uuid, Some(member.config_json))
             }
         };
@@ -171,8 +221,15 @@ pub(super) fn build(
     let recorded = frames;
     let names: Vec<String> = domains.iter().map(|domain| domain.name.clone()).collect();
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
-    refuse_existing(&request.program, &names)?;
+    let needs = Needs::of(manifest, chosen(request, manifest), request.copy.as_ref())?;
+    let problems = needs.problems_here(&request.program)?;
+    if !problems.is_empty() {
+        let problems = problems.join("; ");
+        return Err(Error::Failed(format!("{problems}; nothing was touched")));
+    }
 
+    let folder = exchange::folder(&store.tmp(), number);
+    let folder = Some(folder).filter(|_| !changes.is_empty());
     let vne = request.copy.as_ref().unwrap_or(&manifest.vne);
     let record = Record {
         vne: vne.to_string(),
@@ -186,14 +243,24 @@ pub(super) fn build(
         caps: Vec::new(),
         restore: Some(RestoreStage::Building),
         joint: request.joint.as_ref().map(|(_, joint)| joint.clone()),
+        exchange: folder.clone(),
     };
 
     let mut journal = register.enter(record)?;
     start_guard(&request.program, &journal)?;
 
     progress.building(&names);
+    let mut exchange = None;
+    let mut built = Ok(());
+    if let Some(folder) = folder {
+        let begun = Exchange::begin(&folder, changes);
+        let carried_out = begun.and_then(|begun| exchange.insert(begun).carry_out());
+        built = carried_out.map_err(|error| Error::Failed(sentence(&error)));
+    }
     let mut builders = Builders::new(&request.program, BUILDER_END_MAX);
-    let mut built = builders.build(&mut journal, members, (said, heard), progress);
+    if built.is_ok() {
+        built = builders.build(&mut journal, members, (said, heard), progress);
+    }
     let mut held = None;
     if built.is_ok() && !request.paused {
         built = hold(&request.program, &mut journal, &recorded).map(|holds| held = holds);
@@ -209,6 +276,7 @@ pub(super) fn build(
         names: names.iter().map(|name| (*name).to_owned()).collect(),
         held,
         recorded: count(&recorded),
+        exchange,
     };
     match built {
         Ok(()) => Ok(built_all),
@@ -255,6 +323,9 @@ impl Built {
         start_guard(program, &journal)?;
         held::discard(journal.record())?;
         journal.update(|record| record.holds.clear())?;
+        let folder = journal.record().exchange.as_deref();
+        let exchange = folder.map_or(Ok(None), Exchange::open);
+        let exchange = exchange.map_err(|error| Error::Failed(sentence(&error)))?;
         let domains = journal.record().domains.iter();
         Ok(Self {
             program: program.clone(),
@@ -262,6 +333,7 @@ impl Built {
             journal,
             held: None,
             recorded: 0,
+            exchange,
         })
     }
 
@@ -280,6 +352,11 @@ impl Built {
     pub(super) fn run(&mut self) -> Result<(), Error> {
         if self.names.is_empty() {
             return Ok(());
+        }
+        if let Some(exchange) = &mut self.exchange {
+            // Before the first guest writes to its disk.
+            let kept = exchange.keep();
+            kept.map_err(|error| Error::Failed(sentence(&error)))?;
         }
         let releasing = RestoreStage::Releasing;
         self.journal
@@ -316,6 +393,7 @@ impl Built {
     /// be taken down is left to the guard, with the journal.
     pub(super) fn let_frames_go(self) {
         let released = self.held.map_or(Ok(()), Held::release);
+        keep_disks(self.exchange);
         let closed = released.map_err(Error::from);
         let closed = closed.and_then(|()| Ok(self.journal.close()?));
         if let Err(error) = closed {
@@ -328,6 +406,7 @@ impl Built {
         // The redirects first.
         self.held = None;
         held::discard(self.journal.record())?;
+        keep_disks(self.exchange);
         Ok(self.journal.close()?)
     }
 
@@ -345,7 +424,15 @@ impl Built {
             log::error!("{}", sentence(&error));
         }
         let destroyed = discard(&self.program, &self.journal.record().domains);
-        if destroyed && gone.is_ok() {
+        if !destroyed {
+            return;
+        }
+        // They are nobody's now.
+        let back = self.exchange.map_or(Ok(()), Exchange::back);
+        if let Err(error) = &back {
+            log::error!("{}", sentence(error));
+        }
+        if back.is_ok() && gone.is_ok() {
             if let Err(error) = self.journal.close() {
                 log::error!("{}", sentence(&error));
             }
@@ -353,19 +440,26 @@ impl Built {
     }
 }
 
-fn refuse_existing(program: &Program, names: &[&str]) -> Result<(), Error> {
-    for name in names {
-        let found = program
-            .xl_command("domid")
-            .arg(name)
-            .stderr(Stdio::null())
-            .status()
-            .map_err(Error::start("look for domains"))?;
-        if found.success() {
-            return Err(Error::Failed(format!(
-                "a domain called '{name}' exists (destroy or rename it first: \
-                 'xl destroy {name}'); nothing was touched"
-            )));
+/// The members have their disks, and what these were before isn't needed any more. What
+/// can't be removed of it, the next restore tries again.
+fn keep_disks(exchange: Option<Exchange>) {
+    if let Some(Err(error)) = exchange.map(Exchange::forward) {
+        log::warn!("what disks were before stays: {}", sentence(&error));
+    }
+}
+
+/// Ends what restores have left undecided whose host was restarted.
+pub(super) fn recover_disks(store: &Store, register: &Register) -> Result<(), Error> {
+    let failed = |error| Error::Failed(sentence(&error));
+    let folders = exchange::folders(&store.tmp()).map_err(failed)?;
+    if folders.is_empty() {
+        return Ok(());
+    }
+    let known = register.records()?;
+    for folder in folders {
+        let mut known = known.iter();
+        if !known.any(|record| record.exchange.as_ref() == Some(&folder)) {
+            exchange::recover(&folder).map_err(failed)?;
         }
     }
     Ok(())
@@ -639,6 +733,7 @@ mod tests {
     }
 
     impl Progress for Vec<String> {
+        fn copying(&mut self, _how_far: CopyProgress) {}
         fn building(&mut self, _members: &[&str]) {}
         fn built(&mut self, member: &str) {
             self.push(member.to_owned());
@@ -660,19 +755,7 @@ mod tests {
                 .arg(text)
                 .status()?;
             assert!(made.success());
-            let record = Record {
-                vne: String::from("lab"),
-                leader: None,
-                pid: std::process::id(),
-                store: PathBuf::new(),
-                domains: Vec::new(),
-                asked: false,
-                workers: Vec::new(),
-                holds: Vec::new(),
-                caps: Vec::new(),
-                restore: Some(RestoreStage::Building),
-                joint: None,
-            };
+            let record = Record::of_restore(RestoreStage::Building);
             Ok(Self {
                 journal: Register::open(dir.path())?.enter(record)?,
                 program: Program { xl, verbosity: 0 },

@@ -21,11 +21,12 @@ use tokio::sync::{Mutex, Semaphore};
 use tokio::time::timeout;
 use tokio_util::codec::{FramedRead, FramedWrite, LinesCodec, LinesCodecError};
 
+use super::fit::Needs;
 use super::lead::{TakeRequest, Taken, Told};
 use super::tls::Fingerprint;
 use super::wire::{News, Order};
 use crate::cut::PROTOCOL;
-use crate::image::{Name, SnapshotId};
+use crate::image::{Name, Received, SnapshotId};
 
 /// Longest line: a manifest of some two thousand members.
 const LINE_BYTES_MAX: usize = 4 << 20;
@@ -97,6 +98,39 @@ impl std::fmt::Display for SnapshotRef {
     }
 }
 
+/// Where a member is to run.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Placement {
+    /// The member.
+    pub member: Name,
+    /// The host.
+    pub host: Name,
+}
+
+/// What to restore, and how.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RestoreOrder {
+    /// The snapshot.
+    pub snapshot: SnapshotRef,
+    /// The store that it's in on this host.
+    pub store: PathBuf,
+    /// What it's called, if it's a copy.
+    pub copy: Option<Name>,
+    /// The members that are to run elsewhere than they did.
+    pub on: Vec<Placement>,
+    /// Leave the members paused.
+    pub paused: bool,
+}
+
+/// Whether a host can run what it was asked about.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fit {
+    /// What is in the way; nothing if it can.
+    pub problems: Vec<String>,
+    /// The members that aren't in its store.
+    pub lacks: Vec<Name>,
+}
+
 /// How far a host is with its part of a restore.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RestoreState {
@@ -160,6 +194,24 @@ pub enum RestoreOutcome {
     Unknown,
 }
 
+/// How far a host is with a copy that is sent to it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CopyState {
+    /// What was asked for last isn't done.
+    pub busy: bool,
+    /// The members that haven't arrived whole, once it has looked.
+    pub wanted: Option<Vec<Name>>,
+    /// Bytes of the member at hand that an earlier copy has left.
+    #[serde(default)]
+    pub arrived_bytes: u64,
+    /// All is there.
+    #[serde(default)]
+    pub done: Option<Received>,
+    /// Nothing comes of it, and why.
+    #[serde(default)]
+    pub failed: Option<String>,
+}
+
 /// What a peer may ask. Each call is about a VNE for which this host lists the
 /// peer, or is refused in the same words whether there is such a VNE or not.
 #[rpc(client, server, namespace = "peer")]
@@ -201,6 +253,36 @@ pub trait Peer {
         paused: bool,
     ) -> RpcResult<()>;
 
+    /// Build these members, wherever they ran.
+    #[method(name = "build_members", param_kind = map)]
+    async fn build_members(
+        &self,
+        ticket: Ticket,
+        snapshot: SnapshotRef,
+        members: Vec<Name>,
+        copy: Option<Name>,
+        paused: bool,
+    ) -> RpcResult<()>;
+
+    /// Whether members, or their copies, can run here. Nothing is touched.
+    #[method(name = "fit", param_kind = map)]
+    async fn fit(
+        &self,
+        snapshot: SnapshotRef,
+        members: Vec<Name>,
+        copy: Option<Name>,
+        needs: Needs,
+    ) -> RpcResult<Fit>;
+
+    /// Copy what you have of a snapshot to another host. It's begun; not to be asked for
+    /// it for a while means to give it up.
+    #[method(name = "send", param_kind = map)]
+    async fn send(&self, snapshot: SnapshotRef, host: Name) -> RpcResult<JobId>;
+
+    /// How far that is.
+    #[method(name = "sent", param_kind = map)]
+    async fn sent(&self, job: JobId) -> RpcResult<Watched>;
+
     /// How far that is. Not to be asked for a while means to give it up.
     #[method(name = "built", param_kind = map)]
     async fn built(&self, ticket: Ticket) -> RpcResult<RestoreState>;
@@ -224,6 +306,74 @@ pub trait Peer {
     /// Delete a snapshot. Whether there was one.
     #[method(name = "remove", param_kind = map)]
     async fn remove(&self, snapshot: SnapshotRef) -> RpcResult<bool>;
+
+    /// Take in a copy of a snapshot, whose manifest this is: one a connection. It's
+    /// begun; `copy_state` says which members are wanted.
+    #[method(name = "copy_begin", param_kind = map)]
+    async fn copy_begin(&self, snapshot: SnapshotRef, manifest: serde_json::Value)
+        -> RpcResult<()>;
+
+    /// How far that is.
+    #[method(name = "copy_state")]
+    async fn copy_state(&self) -> RpcResult<CopyState>;
+
+    /// This member comes next. It's begun.
+    #[method(name = "copy_member", param_kind = map)]
+    async fn copy_member(&self, member: Name) -> RpcResult<()>;
+
+    /// Bytes of one of its files, in Base64.
+    #[method(name = "copy_file", param_kind = map)]
+    async fn copy_file(
+        &self,
+        member: Name,
+        file: String,
+        offset: u64,
+        data: String,
+    ) -> RpcResult<()>;
+
+    /// What its next guest frames are, in Base64; which pages are lacking, likewise.
+    #[method(name = "copy_pages", param_kind = map)]
+    async fn copy_pages(&self, member: Name, pages: String) -> RpcResult<String>;
+
+    /// So many pages: a zstd frame in Base64.
+    #[method(name = "copy_frame", param_kind = map)]
+    async fn copy_frame(&self, member: Name, count: u32, data: String) -> RpcResult<()>;
+
+    /// The member has come to its end. It's begun.
+    #[method(name = "copy_member_end", param_kind = map)]
+    async fn copy_member_end(&self, member: Name) -> RpcResult<()>;
+
+    /// All have: make it a snapshot. It's begun.
+    #[method(name = "copy_end")]
+    async fn copy_end(&self) -> RpcResult<()>;
+}
+
+/// How far a copy is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CopyProgress {
+    /// Bytes of pages that the members have, all in all.
+    pub total_bytes: u64,
+    /// Of these, those that the other host has now.
+    pub done_bytes: u64,
+    /// Pages that it lacked.
+    pub sent_pages: u64,
+    /// Bytes that were sent, compressed.
+    pub sent_bytes: u64,
+}
+
+/// What a copy came to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CopyDone {
+    /// The members that were copied; none if all were there.
+    pub members: Vec<Name>,
+    /// Their pages with contents.
+    pub pages: u64,
+    /// Of these, those that the other host lacked.
+    pub pages_sent: u64,
+    /// Bytes that were sent, compressed.
+    pub sent_bytes: u64,
+    /// How long it took, in ns.
+    pub duration_ns: u64,
 }
 
 /// What a job tells while it works.
@@ -241,6 +391,8 @@ pub enum JobTold {
         /// Recorded frames that were played back.
         played: u64,
     },
+    /// A copy goes on.
+    Copying(CopyProgress),
     /// Something that the user should know.
     Warning(String),
 }
@@ -253,6 +405,8 @@ pub enum JobDone {
     Take(Taken),
     /// A restore.
     Restore,
+    /// A copy.
+    Copied(CopyDone),
     /// It came to nothing, and why.
     Failed(String),
 }
@@ -316,25 +470,9 @@ pub trait Admin {
     #[method(name = "take", param_kind = map)]
     async fn take(&self, request: TakeRequest) -> RpcResult<JobId>;
 
-    /// Restore a snapshot on all its hosts, led by this one.
+    /// Restore a snapshot, led by this host.
     #[method(name = "restore", param_kind = map)]
-    async fn restore(
-        &self,
-        snapshot: SnapshotRef,
-        store: PathBuf,
-        paused: bool,
-    ) -> RpcResult<JobId>;
-
-    /// The same, of a copy under another name. A method of its own: a vned that
-    /// doesn't know of copies must not restore the originals.
-    #[method(name = "restore_copy", param_kind = map)]
-    async fn restore_copy(
-        &self,
-        snapshot: SnapshotRef,
-        store: PathBuf,
-        copy: Name,
-        paused: bool,
-    ) -> RpcResult<JobId>;
+    async fn restore(&self, order: RestoreOrder) -> RpcResult<JobId>;
 
     /// What a job has told, waiting a moment for something to be told. A job
     /// that nobody watches any more is given up.
@@ -348,6 +486,10 @@ pub trait Admin {
     /// Delete a snapshot on these other hosts.
     #[method(name = "remove", param_kind = map)]
     async fn remove(&self, snapshot: SnapshotRef, hosts: Vec<Name>) -> RpcResult<()>;
+
+    /// Copy what a store has of a snapshot to another host.
+    #[method(name = "copy", param_kind = map)]
+    async fn copy(&self, snapshot: SnapshotRef, store: PathBuf, host: Name) -> RpcResult<JobId>;
 
     /// How the daemon is.
     #[method(name = "status")]

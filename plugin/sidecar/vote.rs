@@ -47,7 +47,7 @@ pub(super) fn commit(
 ) -> Result<(), Error> {
     let manifest = decided.of_host(host);
     let ours = manifest
-        .members_here()
+        .members_of_host()
         .eq(stored.iter().map(|part| &part.entry));
     if !ours || !manifest.hosts.contains(host) {
         return Err(Error::Failed(format!(

@@ -103,6 +103,11 @@ impl Worker {
         messages::send(&self.socket, order)
     }
 
+    /// A way of its own to tell it something.
+    pub fn socket(&self) -> std::io::Result<UnixStream> {
+        self.socket.try_clone()
+    }
+
     /// The last lines that it wrote to stderr.
     pub fn last_words(&self) -> Vec<String> {
         self.words.last()

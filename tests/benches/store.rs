@@ -11,8 +11,12 @@
 //!
 //! Sizes and times are printed with their ratios. `VNE_BENCH_MIB` is another size
 //! of the guest, `VNE_BENCH_DIR` another folder than the target folder's.
+//! `VNE_BENCH_ROUNDS` says how often all of it is done after a first time that only
+//! warms up; without it it's done once. `VNE_BENCH_JSON` is a file for the figures.
 
-use std::error::Error;
+mod figures;
+mod synthetic;
+
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -20,99 +24,21 @@ use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::Instant;
 
 use xl_vne::image::{DomainType, Downtime, MemberStats, MemberWriter, Name, Store, WriterOptions};
-use xl_vne::stream::{Guest, Ingest, Page, PageType, Place, Sink, Writer, XcHeader, PAGE_SIZE};
+use xl_vne::stream::Ingest;
 
-type Result<T> = std::result::Result<T, Box<dyn Error>>;
+use figures::{setting, Figures};
+use synthetic::{page, Noise, Result};
 
-/// Small steps of a generator that is the same everywhere.
-struct Noise(u64);
-
-impl Noise {
-    fn of(seed: u64) -> Self {
-        Noise(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
-    }
-
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-}
-
-/// What a page of a guest is like: `version` 0 at first.
-fn page(pfn: u64, version: u64) -> Page {
-    let mut page = [0; PAGE_SIZE];
-    // Zero pages, text and noise lie in stretches, as they do in guests.
-    let kind = Noise::of(pfn / 16).next() % 10;
-    let mut noise = Noise::of((pfn << 8) + version + 1);
-    match kind {
-        0..=2 if version == 0 => {}
-        0..=6 => structures(&mut page, &mut noise),
-        _ => {
-            for word in page.chunks_exact_mut(8) {
-                word.copy_from_slice(&noise.next().to_le_bytes());
-            }
-        }
-    }
-    page
-}
-
-/// What kernels and programs have most of: records of pointers into a few
-/// regions, small numbers, flags and a little text.
-fn structures(page: &mut Page, noise: &mut Noise) {
-    const WORDS: [&[u8]; 8] = [
-        b"connection",
-        b"/usr/lib/",
-        b"error: ",
-        b"value=",
-        b"timeout ",
-        b"0x7fff",
-        b"index",
-        b"\n",
-    ];
-    for record in page.chunks_exact_mut(64) {
-        let random = noise.next();
-        let pointer = 0xffff_8880_0000_0000 | (random >> 20 & 0xff_ffc0);
-        record[..8].copy_from_slice(&pointer.to_le_bytes());
-        record[8..16].copy_from_slice(&(pointer + 64).to_le_bytes());
-        record[16..20].copy_from_slice(&((random & 0xff) as u32).to_le_bytes());
-        record[24..32].copy_from_slice(&(random >> 8 & 0xffff).to_le_bytes());
-        let mut at = 32;
-        while at < 64 {
-            let word = WORDS[(noise.next() % 8) as usize];
-            let end = (at + word.len()).min(64);
-            record[at..end].copy_from_slice(&word[..end - at]);
-            at = end;
-        }
-    }
-}
+const MIB: f64 = 1048576.0;
 
 /// Writes the stream; in the second one, 5% of the pages have changed.
 fn make_stream(path: &Path, pages: u64, changed: bool) -> Result<()> {
-    let mut writer = Writer::new(BufWriter::with_capacity(1 << 20, File::create(path)?));
-    writer.xl_header(false)?;
-    writer.xc_header(&XcHeader {
-        version: 3,
-        guest: Guest::Hvm,
-        xen_major: 4,
-        xen_minor: 17,
-    })?;
-    for (record, body) in [(0x11, &[0; 24][..]), (0x12, &[0; 32]), (0x10, &[])] {
-        writer.record(Place::XcBefore, record, body)?;
-    }
+    let mut writer = synthetic::begin(BufWriter::with_capacity(1 << 20, File::create(path)?))?;
     for pfn in 0..pages {
         let is_new = changed && Noise::of(pfn ^ 0x5555).next() % 20 == 0;
-        let data = page(pfn, u64::from(is_new));
-        writer.page(pfn, PageType::Normal, Some(&data))?;
+        synthetic::put(&mut writer, pfn, &page(pfn, u64::from(is_new)))?;
     }
-    let mut parameters = [0; 24];
-    parameters[0] = 1;
-    for (record, body) in [(0x08, &[0; 24][..]), (0x09, &[0; 64]), (0x0a, &parameters)] {
-        writer.record(Place::XcAfter, record, body)?;
-    }
-    writer.end()?;
-    Ok(())
+    synthetic::end(writer)
 }
 
 /// The bytes of a file from a pipe.
@@ -125,7 +51,7 @@ fn from_pipe(path: &Path) -> Result<(Child, ChildStdout)> {
     Ok((cat, out))
 }
 
-/// A line of the table: what, how long, how many bytes.
+/// What, how long, how many bytes.
 struct Measured {
     what: String,
     seconds: f64,
@@ -194,6 +120,7 @@ fn take(store: &Store, stream: &Path) -> Result<MemberStats> {
         domain_type: DomainType::Pvh,
         memory_kib: 0,
         vcpus: 1,
+        ran_on: None,
         downtime: Downtime::default(),
         rounds: 1,
         pages_sent: stats.pages_received,
@@ -202,6 +129,8 @@ fn take(store: &Store, stream: &Path) -> Result<MemberStats> {
         diverged: false,
         throttled_to: None,
         uncaptured_disks: Vec::new(),
+        read_only_disks: Vec::new(),
+        disks: Vec::new(),
         late_frames: 0,
         recorded: None,
         timeline: None,
@@ -231,22 +160,9 @@ fn same(a: &Path, b: &Path) -> Result<()> {
     }
 }
 
-fn tell(measured: &[Measured], stream_bytes: u64) {
-    for one in measured {
-        let rate = stream_bytes as f64 / 1e6 / one.seconds;
-        let mib = one.bytes as f64 / 1048576.0;
-        println!(
-            "{:<34} {:>7.2} s {:>7.0} MB/s {mib:>9.1} MiB",
-            one.what, one.seconds, rate
-        );
-    }
-}
-
 fn main() -> Result<()> {
-    let mib: u64 = match std::env::var("VNE_BENCH_MIB") {
-        Ok(text) => text.parse()?,
-        Err(_) => 2048,
-    };
+    let mib = setting("VNE_BENCH_MIB", 2048)?;
+    let rounds = setting("VNE_BENCH_ROUNDS", 0)?;
     let dir = match std::env::var_os("VNE_BENCH_DIR") {
         Some(dir) => PathBuf::from(dir),
         None => PathBuf::from(env!("CARGO_TARGET_TMPDIR")),
@@ -254,30 +170,46 @@ fn main() -> Result<()> {
     let dir = dir.join("store-bench");
     let _ = std::fs::remove_dir_all(&dir);
     std::fs::create_dir_all(&dir)?;
-    let measured = measure(&dir, mib);
+    let figures = measure(&dir, mib, rounds);
     std::fs::remove_dir_all(&dir)?;
-    measured
+    let figures = figures?;
+    println!("a guest of {mib} MiB: 30% zero, 40% compressible, 30% noise");
+    figures.print();
+    figures.save()
 }
 
-fn measure(dir: &Path, mib: u64) -> Result<()> {
-    let at = |name: &str| dir.join(name);
-    let (first, second) = (at("first"), at("second"));
+fn measure(dir: &Path, mib: u64, rounds: u64) -> Result<Figures> {
+    let (first, second) = (dir.join("first"), dir.join("second"));
     make_stream(&first, mib << 8, false)?;
     make_stream(&second, mib << 8, true)?;
+    let mut figures = Figures::default();
+    for nth in 0..=rounds {
+        let mut warm = Figures::default();
+        let into = match nth == 0 && rounds > 0 {
+            true => &mut warm,
+            false => &mut figures,
+        };
+        round(dir, &first, &second, into)?;
+    }
+    Ok(figures)
+}
+
+/// Everything once, on the same bytes.
+fn round(dir: &Path, first: &Path, second: &Path, figures: &mut Figures) -> Result<()> {
+    let at = |name: &str| dir.join(name);
     let stream_bytes = first.metadata()?.len();
-    println!("a guest of {mib} MiB: 30% zero, 40% compressible, 30% noise");
     let (plain, zst, out) = (at("plain"), at("zst"), at("out"));
-    let cat = timed("cat > file", || program(&["cat"], &first, &plain))?;
+    let cat = timed("cat > file", || program(&["cat"], first, &plain))?;
     std::fs::remove_file(&plain)?;
     let zstd = ["zstd", "-T1", "-1", "-q", "-c"];
-    let zstd = timed("zstd -T1 -1 > file", || program(&zstd, &first, &zst))?;
+    let zstd = timed("zstd -T1 -1 > file", || program(&zstd, first, &zst))?;
     let store = Store::open(&at("store"))?;
     let full = timed("ingest", || {
-        take(&store, &first)?;
+        take(&store, first)?;
         bytes_below(store.root())
     })?;
     let both = timed("ingest, 5% changed", || {
-        take(&store, &second)?;
+        take(&store, second)?;
         bytes_below(store.root())
     })?;
     let more = Measured {
@@ -286,11 +218,15 @@ fn measure(dir: &Path, mib: u64) -> Result<()> {
     };
     let unzstd = ["zstd", "-d", "-q", "-c"];
     let unzstd = timed("zstd -d > file", || program(&unzstd, &zst, &out))?;
-    same(&first, &out)?;
+    same(first, &out)?;
     let back = timed("restore > file", || restore(&store, 0, &out))?;
-    same(&first, &out)?;
+    same(first, &out)?;
     let back_more = timed("restore, 5% changed > file", || restore(&store, 1, &out))?;
-    same(&second, &out)?;
+    same(second, &out)?;
+    for file in [zst, out] {
+        std::fs::remove_file(file)?;
+    }
+    std::fs::remove_dir_all(store.root())?;
     let ratios = [
         ("ingest, speed to zstd's", zstd.seconds / full.seconds),
         ("ingest, speed to cat's", cat.seconds / full.seconds),
@@ -299,18 +235,28 @@ fn measure(dir: &Path, mib: u64) -> Result<()> {
             "size of the second to the first",
             more.bytes as f64 / full.bytes as f64,
         ),
+        (
+            "time of the second to the first",
+            more.seconds / full.seconds,
+        ),
         ("restore, speed to zstd's", unzstd.seconds / back.seconds),
         (
             "the second's, speed to zstd's",
             unzstd.seconds / back_more.seconds,
         ),
     ];
-    tell(
-        &[cat, zstd, full, more, unzstd, back, back_more],
-        stream_bytes,
-    );
+    for one in [cat, zstd, full, more, unzstd, back, back_more] {
+        let rate = stream_bytes as f64 / 1e6 / one.seconds;
+        figures.add(&one.what, "s", one.seconds);
+        figures.add(&format!("{}, speed", one.what), "MB/s", rate);
+        figures.add(
+            &format!("{}, size", one.what),
+            "MiB",
+            one.bytes as f64 / MIB,
+        );
+    }
     for (what, ratio) in ratios {
-        println!("{what:<34} {ratio:>7.2}");
+        figures.add(what, "", ratio);
     }
     Ok(())
 }

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{kill_process, Pid, Signal};
 use tempfile::TempDir;
+use xl_vne::domain::HostFacts;
 use xl_vne::image::{Name, Store};
 use xl_vne::sidecar::admin::Daemon;
 use xl_vne::sidecar::conf::{Conf, Peer};
@@ -60,6 +61,7 @@ pub struct Host {
     pub identity: Identity,
     dir: TempDir,
     peers: Vec<Peer>,
+    accepts: Vec<Name>,
     vnes: BTreeMap<Name, Vec<MemberName>>,
     vned: Option<Child>,
 }
@@ -76,6 +78,7 @@ impl Host {
             identity: Identity::create(&dir.path().join("etc"), &name(called)?)?,
             dir,
             peers: Vec::new(),
+            accepts: Vec::new(),
             vnes: BTreeMap::new(),
             vned: None,
         };
@@ -125,17 +128,50 @@ impl Host {
         self.describe()
     }
 
+    /// Has it believe a peer about members and their configurations.
+    pub fn accepts(&mut self, peer: &Name) -> Fallible<()> {
+        self.accepts.push(peer.clone());
+        self.describe()
+    }
+
     /// Describes a VNE with members on this host.
     pub fn knows(&mut self, vne: &str, members: &[&str]) -> Fallible<()> {
-        let member = |member: &&str| {
+        let here = self.name.to_string();
+        let members: Vec<_> = members.iter().map(|member| (&*here, *member)).collect();
+        self.knows_all(vne, &members)
+    }
+
+    /// Describes a VNE with members on these hosts.
+    pub fn knows_all(&mut self, vne: &str, members: &[(&str, &str)]) -> Fallible<()> {
+        let member = |(host, member): &(&str, &str)| {
             Ok(MemberName {
-                host: self.name.clone(),
+                host: name(host)?,
                 name: name(member)?,
             })
         };
         let members = members.iter().map(member).collect::<Fallible<_>>()?;
         self.vnes.insert(name(vne)?, members);
         self.describe()
+    }
+
+    /// What it has for domains.
+    pub fn has(&self, facts: &HostFacts) -> Fallible<()> {
+        Ok(files::replace(
+            &self.path("host"),
+            &serde_json::to_vec(facts)?,
+        )?)
+    }
+
+    /// The save files of which domains were built here.
+    pub fn restored(&self) -> Fallible<Vec<Vec<u8>>> {
+        let mut restored = Vec::new();
+        for entry in fs::read_dir(self.dir.path())? {
+            let entry = entry?;
+            if entry.file_name().to_string_lossy().starts_with("restored-") {
+                restored.push(fs::read(entry.path())?);
+            }
+        }
+        Ok(restored)
     }
 
     fn describe(&self) -> Fallible<()> {
@@ -147,6 +183,9 @@ impl Host {
                 name: self.name.clone(),
                 listen: Some(self.address.clone()),
                 peers: self.peers.clone(),
+                store_key: None,
+                store_memory_mib: None,
+                accept_members: self.accepts.clone(),
             },
             vne,
             stores: vec![store.clone()],
@@ -215,6 +254,12 @@ impl Host {
             vned.kill()?;
         }
         Ok(ended??)
+    }
+
+    /// Waits for a daemon that was killed.
+    pub fn buried(&mut self) -> Fallible<ExitStatus> {
+        let mut vned = self.vned.take().ok_or("no vned runs")?;
+        wait_for("vned to end", || vned.try_wait().transpose())?.map_err(Into::into)
     }
 
     pub fn admin(&self) -> Fallible<Daemon> {

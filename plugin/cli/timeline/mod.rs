@@ -253,7 +253,10 @@ impl Lane {
             (Kind::Hover, asked_ns - hover_ns),
             (Kind::Suspend, downtime.suspend_ns as f64),
             (Kind::Pages, downtime.last_pages_ns as f64),
-            (Kind::State, downtime.device_state_ns as f64),
+            (
+                Kind::State,
+                downtime.device_state_ns.saturating_add(downtime.disks_ns) as f64,
+            ),
             (Kind::Resume, downtime.resume_ns as f64),
         ];
         for (kind, length_ns) in phases {

@@ -20,10 +20,12 @@ fn member(name: &str, rounds: &[(u64, u64, u64)]) -> Member {
         domain_type: DomainType::Pvh,
         memory_kib: 262_144,
         vcpus: 1,
+        ran_on: None,
         downtime: Downtime {
             suspend_ns: 60 * MS,
             last_pages_ns: 20 * MS,
             device_state_ns: 9 * MS,
+            disks_ns: 0,
             resume_ns: 14 * MS,
         },
         rounds: 3,
@@ -33,6 +35,8 @@ fn member(name: &str, rounds: &[(u64, u64, u64)]) -> Member {
         diverged: false,
         throttled_to: None,
         uncaptured_disks: Vec::new(),
+        read_only_disks: Vec::new(),
+        disks: Vec::new(),
         late_frames: 0,
         recorded: None,
         timeline: Some(Timeline {
@@ -47,6 +51,7 @@ fn member(name: &str, rounds: &[(u64, u64, u64)]) -> Member {
             stats: MemberStats::default(),
             files: Vec::new(),
             packs: Vec::new(),
+            cpu_features: None,
         },
     }
 }
@@ -69,6 +74,7 @@ pub fn manifest() -> Manifest {
             at_ns: vec![0, 12 * MS],
             ..Cut::default()
         },
+        stored: Vec::new(),
         members: vec![member("db", &rounds), member("web1", &short)],
     }
 }

@@ -1,10 +1,12 @@
 //! What is stored once, found to be damaged, and freed.
 
 use super::*;
+use crate::image::pack::Pack;
+use crate::image::seal::Vault;
 use crate::image::{diff, Checker};
 
 /// Pages of a guest of so many frames, of which `changed` says what is in each.
-fn guest(count: u64, seed: impl Fn(u64) -> u64) -> Vec<u8> {
+pub(super) fn guest(count: u64, seed: impl Fn(u64) -> u64) -> Vec<u8> {
     let entries: Vec<Entry> = (0..count)
         .map(|pfn| (pfn, 0, Some(page(seed(pfn)))))
         .collect();
@@ -28,7 +30,7 @@ fn a_page_needed_twice_does_not_stand_for_one_that_nobody_needs() {
     assert!(stream_of(&snapshot).unwrap() == expected);
 }
 
-fn packs_bytes(lab: &Lab) -> u64 {
+pub(super) fn packs_bytes(lab: &Lab) -> u64 {
     let packs = lab.store.packs().list().unwrap();
     packs.iter().map(|(_, bytes)| bytes).sum()
 }
@@ -238,7 +240,10 @@ fn verifying_names_each_member_and_range_of_all_snapshots() {
     ));
     let path = packs_of(&one).remove(0);
     assert_eq!(packs_of(&two), std::slice::from_ref(&path));
-    let frames = pack::Pack::open(&path, None).unwrap().table.frames;
+    let frames = Pack::open(&path, None, &Vault::default())
+        .unwrap()
+        .table
+        .frames;
     let file = OpenOptions::new().write(true).open(&path).unwrap();
     file.write_all_at(b"!!", frames[3].offset + 99).unwrap();
     let found = damage(&lab);

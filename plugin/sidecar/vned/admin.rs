@@ -11,7 +11,7 @@ use super::super::lead::TakeRequest;
 use super::super::peers::Remote;
 use super::super::rpc::{
     refusal, serve as serve_connection, AdminServer, DaemonStatus, JobId, PeerClient, PeerTest,
-    SnapshotRef, Watched,
+    RestoreOrder, SnapshotRef, Watched,
 };
 use super::{lock, Daemon};
 use crate::image::Name;
@@ -76,21 +76,6 @@ fn refused(error: &Error) -> jsonrpsee::types::ErrorObjectOwned {
     refusal(sentence(error))
 }
 
-impl Admin {
-    fn start_restore(
-        &self,
-        snapshot: SnapshotRef,
-        store: PathBuf,
-        copy: Option<Name>,
-        paused: bool,
-    ) -> RpcResult<JobId> {
-        let job = self.daemon.start_restore(snapshot, store, copy, paused);
-        let job = job.map_err(|e| refused(&e))?;
-        lock(&self.jobs.started).push(job);
-        Ok(job)
-    }
-}
-
 #[async_trait]
 impl AdminServer for Admin {
     async fn take(&self, request: TakeRequest) -> RpcResult<JobId> {
@@ -99,23 +84,10 @@ impl AdminServer for Admin {
         Ok(job)
     }
 
-    async fn restore(
-        &self,
-        snapshot: SnapshotRef,
-        store: PathBuf,
-        paused: bool,
-    ) -> RpcResult<JobId> {
-        self.start_restore(snapshot, store, None, paused)
-    }
-
-    async fn restore_copy(
-        &self,
-        snapshot: SnapshotRef,
-        store: PathBuf,
-        copy: Name,
-        paused: bool,
-    ) -> RpcResult<JobId> {
-        self.start_restore(snapshot, store, Some(copy), paused)
+    async fn restore(&self, order: RestoreOrder) -> RpcResult<JobId> {
+        let job = self.daemon.start_restore(order).map_err(|e| refused(&e))?;
+        lock(&self.jobs.started).push(job);
+        Ok(job)
     }
 
     async fn watch(&self, job: JobId) -> RpcResult<Watched> {
@@ -168,6 +140,13 @@ impl AdminServer for Admin {
             }
         }
         result
+    }
+
+    async fn copy(&self, snapshot: SnapshotRef, store: PathBuf, host: Name) -> RpcResult<JobId> {
+        let job = self.daemon.start_copy(snapshot, store, host);
+        let job = job.map_err(|e| refused(&e))?;
+        lock(&self.jobs.started).push(job);
+        Ok(job)
     }
 
     async fn status(&self) -> RpcResult<DaemonStatus> {

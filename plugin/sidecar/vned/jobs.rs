@@ -9,7 +9,7 @@ use tokio::sync::Notify;
 
 use super::super::lead::{Progress, Told};
 use super::super::restore;
-use super::super::rpc::{JobDone, JobId, JobTold, Watched};
+use super::super::rpc::{CopyProgress, JobDone, JobId, JobTold, Watched};
 use super::lock;
 use crate::cut::Phase;
 
@@ -90,6 +90,10 @@ impl Progress for Arc<Job> {
 
 /// For restores.
 impl restore::Progress for Arc<Job> {
+    fn copying(&mut self, how_far: CopyProgress) {
+        Job::tell(self, JobTold::Copying(how_far));
+    }
+
     fn building(&mut self, members: &[&str]) {
         let members = members.iter().map(|member| (*member).to_owned());
         Job::tell(self, JobTold::Building(members.collect()));

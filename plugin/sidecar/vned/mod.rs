@@ -13,8 +13,10 @@
 //! processes of their own.
 
 mod admin;
+mod copies;
 mod jobs;
 mod listen;
+mod receiving;
 mod restores;
 mod service;
 mod takes;
@@ -41,7 +43,7 @@ use super::rpc::DaemonStatus;
 use super::take::sweep;
 use super::tls::Identity;
 use super::workers::Program;
-use crate::image::Name;
+use crate::image::{find_host_key, Name};
 use crate::net::{overlay, Rtnl};
 use crate::sentence::sentence;
 
@@ -166,6 +168,11 @@ impl Daemon {
         self.setup(|setup| setup.conf.peer(peer).is_some_and(|peer| peer.may(vne)))
     }
 
+    /// Whether a host says which members run here, and how they're configured.
+    fn accepts(&self, host: &Name) -> bool {
+        *host == self.here() || self.setup(|setup| setup.conf.accept_members.contains(host))
+    }
+
     /// A VNE as this host knows it. Takes a moment: not for async code.
     fn vne(&self, vne: &Name) -> Result<Option<VneDescription>, Error> {
         let known = lock(&self.described).get(vne).cloned();
@@ -189,6 +196,11 @@ impl Daemon {
         ))
     }
 
+    /// Bytes that members may take together here, if there is a limit.
+    fn memory_bytes(&self) -> Option<u64> {
+        self.setup(|setup| setup.conf.store_memory_bytes())
+    }
+
     fn place(&self, store: PathBuf) -> Place {
         Place {
             host: self.here(),
@@ -196,6 +208,7 @@ impl Daemon {
             run_dir: self.run_dir.clone(),
             program: self.program.clone(),
             final_buffer_bytes: FINAL_BUFFER_BYTES,
+            memory_bytes: self.memory_bytes(),
         }
     }
 
@@ -234,6 +247,8 @@ impl Daemon {
     }
 
     fn make_setup(&self, conf: Conf) -> Result<Setup, Error> {
+        let source = conf.store_key.clone();
+        find_host_key(Box::new(move || Ok(source.clone())));
         let identity = Identity::load(&self.config_dir);
         let identity = identity.map_err(|error| Error::Failed(sentence(&error)))?;
         let mut remotes = Remotes::new();

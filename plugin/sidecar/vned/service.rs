@@ -2,19 +2,23 @@
 //! something that did; and is looked at by who asks.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use jsonrpsee::core::{async_trait, RpcResult};
 use jsonrpsee::Methods;
 
+use super::super::fit::Needs;
 use super::super::rpc::{
-    refusal, Hello, PeerServer, RestoreOutcome, RestoreState, SnapshotRef, Ticket,
+    refusal, CopyState, Fit, Hello, JobId, PeerServer, RestoreOutcome, RestoreState, SnapshotRef,
+    Ticket, Watched,
 };
 use super::super::tls::Fingerprint;
 use super::super::wire::{News, Order};
-use super::Daemon;
+use super::receiving::{Receiving, Step};
+use super::restores::Building;
+use super::{lock, Daemon};
 use crate::clock::now_ns;
-use crate::image::Name;
+use crate::image::{Manifest, Name};
 use crate::sentence::sentence;
 
 /// One peer's connection.
@@ -24,6 +28,10 @@ pub(super) struct Service {
     fingerprint: Fingerprint,
     /// It has said which versions it speaks.
     greeted: AtomicBool,
+    /// The copies that it has asked for.
+    sending: Mutex<Vec<JobId>>,
+    /// What it sends a copy of.
+    receiving: Mutex<Option<Arc<Receiving>>>,
 }
 
 impl Service {
@@ -34,6 +42,8 @@ impl Service {
             peer: peer.clone(),
             fingerprint,
             greeted: AtomicBool::new(false),
+            sending: Mutex::default(),
+            receiving: Mutex::new(None),
         };
         service.into_rpc().into()
     }
@@ -66,6 +76,23 @@ impl Service {
             );
             Err(refusal(self.daemon.not_for(&self.peer, vne)))
         }
+    }
+
+    /// The copy that this connection has begun, if the peer still may send one.
+    fn receiving(&self) -> RpcResult<Arc<Receiving>> {
+        let receiving = lock(&self.receiving).clone();
+        let receiving = receiving.ok_or_else(|| refusal("no copy was begun"))?;
+        self.may(&receiving.vne)?;
+        Ok(receiving)
+    }
+
+    async fn copy_step(&self, step: Step) -> RpcResult<String> {
+        self.receiving()?.step(step).await.map_err(refusal)
+    }
+
+    fn copy_begins(&self, step: Step) -> RpcResult<()> {
+        let begun = self.receiving()?.begin(step);
+        begun.map(drop).map_err(refusal)
     }
 
     /// Does what takes a moment where that holds up nobody.
@@ -140,8 +167,12 @@ impl PeerServer for Service {
         paused: Option<bool>,
     ) -> RpcResult<()> {
         self.may(&snapshot.vne)?;
-        let paused = paused.unwrap_or(false);
-        self.apart(move |daemon, peer| daemon.build_for(peer, ticket, &snapshot, None, paused))
+        let what = Building {
+            members: None,
+            copy: None,
+            paused: paused.unwrap_or(false),
+        };
+        self.apart(move |daemon, peer| daemon.build_for(peer, ticket, &snapshot, what))
             .await
     }
 
@@ -154,9 +185,69 @@ impl PeerServer for Service {
     ) -> RpcResult<()> {
         self.may(&snapshot.vne)?;
         self.may(&copy)?;
-        let copy = Some(copy);
-        self.apart(move |daemon, peer| daemon.build_for(peer, ticket, &snapshot, copy, paused))
+        let what = Building {
+            members: None,
+            copy: Some(copy),
+            paused,
+        };
+        self.apart(move |daemon, peer| daemon.build_for(peer, ticket, &snapshot, what))
             .await
+    }
+
+    async fn build_members(
+        &self,
+        ticket: Ticket,
+        snapshot: SnapshotRef,
+        members: Vec<Name>,
+        copy: Option<Name>,
+        paused: bool,
+    ) -> RpcResult<()> {
+        self.may(&snapshot.vne)?;
+        if let Some(copy) = &copy {
+            self.may(copy)?;
+        }
+        let what = Building {
+            members: Some(members),
+            copy,
+            paused,
+        };
+        self.apart(move |daemon, peer| daemon.build_for(peer, ticket, &snapshot, what))
+            .await
+    }
+
+    async fn fit(
+        &self,
+        snapshot: SnapshotRef,
+        members: Vec<Name>,
+        copy: Option<Name>,
+        needs: Needs,
+    ) -> RpcResult<Fit> {
+        self.may(&snapshot.vne)?;
+        self.apart(move |daemon, peer| {
+            daemon.fit_for(peer, &snapshot, (&members, copy.as_ref()), &needs)
+        })
+        .await
+    }
+
+    async fn send(&self, snapshot: SnapshotRef, host: Name) -> RpcResult<JobId> {
+        self.may(&snapshot.vne)?;
+        let begun = self.apart(move |daemon, peer| {
+            daemon.check_gives(peer, &snapshot)?;
+            let store = daemon.store(&snapshot.vne)?;
+            daemon.start_copy(snapshot, store, host)
+        });
+        let job = begun.await?;
+        lock(&self.sending).push(job);
+        Ok(job)
+    }
+
+    async fn sent(&self, job: JobId) -> RpcResult<Watched> {
+        self.still_a_peer()?;
+        let own = lock(&self.sending).contains(&job);
+        match self.daemon.jobs.get(job).filter(|_| own) {
+            Some(job) => Ok(job.watch().await),
+            None => Err(refusal("that copy isn't known here")),
+        }
     }
 
     async fn built(&self, ticket: Ticket) -> RpcResult<RestoreState> {
@@ -192,5 +283,71 @@ impl PeerServer for Service {
         self.may(&snapshot.vne)?;
         self.apart(move |daemon, peer| daemon.remove_for(peer, &snapshot))
             .await
+    }
+
+    async fn copy_begin(
+        &self,
+        snapshot: SnapshotRef,
+        manifest: serde_json::Value,
+    ) -> RpcResult<()> {
+        self.may(&snapshot.vne)?;
+        let receiving = self.apart(move |daemon, _| {
+            let manifest: Manifest = serde_json::from_value(manifest)
+                .map_err(|error| super::Error::Failed(format!("its manifest: {error}")))?;
+            if manifest.vne != snapshot.vne || manifest.id != snapshot.id {
+                let why = format!("its manifest isn't that of {snapshot}");
+                return Err(super::Error::Failed(why));
+            }
+            let root = daemon.store(&snapshot.vne)?;
+            Receiving::start(root, daemon.here(), manifest)
+        });
+        let receiving = Arc::new(receiving.await?);
+        *lock(&self.receiving) = Some(receiving);
+        Ok(())
+    }
+
+    async fn copy_state(&self) -> RpcResult<CopyState> {
+        Ok(self.receiving()?.state().await)
+    }
+
+    async fn copy_member(&self, member: Name) -> RpcResult<()> {
+        self.copy_begins(Step::Begin(member))
+    }
+
+    async fn copy_file(
+        &self,
+        member: Name,
+        file: String,
+        offset: u64,
+        data: String,
+    ) -> RpcResult<()> {
+        let step = Step::File {
+            member,
+            file,
+            offset,
+            data,
+        };
+        self.copy_step(step).await.map(drop)
+    }
+
+    async fn copy_pages(&self, member: Name, pages: String) -> RpcResult<String> {
+        self.copy_step(Step::Pages { member, pages }).await
+    }
+
+    async fn copy_frame(&self, member: Name, count: u32, data: String) -> RpcResult<()> {
+        let step = Step::Frame {
+            member,
+            count,
+            data,
+        };
+        self.copy_step(step).await.map(drop)
+    }
+
+    async fn copy_member_end(&self, member: Name) -> RpcResult<()> {
+        self.copy_begins(Step::End(member))
+    }
+
+    async fn copy_end(&self) -> RpcResult<()> {
+        self.copy_begins(Step::Finish)
     }
 }

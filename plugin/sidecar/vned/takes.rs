@@ -1,7 +1,7 @@
 //! Takes: those that this host leads, and its side of all.
 
 use std::collections::{HashMap, HashSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Mutex};
@@ -12,6 +12,7 @@ use super::super::error::Error;
 use super::super::journal::Register;
 use super::super::lead::{self, hosts, lead, plan, Lead, Link, TakeRequest, Taken};
 use super::super::peers::{Remote, RemoteLink};
+use super::super::restore;
 use super::super::rpc::{InDoubt, JobDone, JobId, SnapshotRef};
 use super::super::take::sweep;
 use super::super::vote::{self, Vote};
@@ -476,10 +477,22 @@ impl Daemon {
 
     // In doubt.
 
+    /// Puts disks right of restores that a loss of power has ended.
+    fn recover_disks(&self, root: &Path) {
+        let recovered = Store::open(root).map_err(Error::from).and_then(|store| {
+            let register = Register::open(&self.run_dir)?;
+            restore::recover_disks(&store, &register)
+        });
+        if let Err(error) = recovered {
+            log::error!("{}: {}", root.display(), sentence(&error));
+        }
+    }
+
     /// Goes on with the parts that a daemon before this one voted for, and
     /// deletes those that it didn't: after a loss of power nobody else does.
     pub(super) fn resume_in_doubt(self: &Arc<Self>, stores: &[PathBuf]) {
         for root in stores {
+            self.recover_disks(root);
             let found = Store::open(root).and_then(|store| {
                 let found = store.in_doubt()?;
                 store.clean_tmp()?;
@@ -622,6 +635,8 @@ impl Daemon {
     pub(super) fn remove_for(&self, peer: &Name, snapshot: &SnapshotRef) -> Result<bool, Error> {
         let store = Store::open(&self.store(&snapshot.vne)?)?;
         match store.catalogue().get(&snapshot.vne, &snapshot.id) {
+            // A copy is its own host's alone.
+            Ok(found) if found.manifest().is_copy() => return Ok(false),
             Ok(found) if !found.manifest().hosts.contains(peer) => return Ok(false),
             Ok(_) | Err(image::Error::Damaged { .. }) => {}
             Err(image::Error::NoSnapshot { .. }) => return Ok(false),

@@ -7,7 +7,7 @@ use anyhow::Result;
 use xl_vne::image::{Checker, Name, SnapshotId, Store};
 
 use crate::guest::{stored_digest, Digests};
-use crate::work::{member_seed, vne, Work};
+use crate::work::{self, member_seed, vne, Work};
 
 /// With fewer none is removed.
 const SNAPSHOTS_MIN: usize = 3;
@@ -21,6 +21,8 @@ pub struct Judge {
     /// Each with the seed of its contents.
     there: BTreeMap<SnapshotId, u64>,
     next_seed: u64,
+    /// A copy that was begun and isn't there yet.
+    unfinished: Option<Work>,
     digests: Digests,
 }
 
@@ -31,18 +33,42 @@ impl Judge {
             store,
             there: BTreeMap::new(),
             next_seed: 0,
+            unfinished: None,
             digests: Digests::default(),
         }
     }
 
+    /// A copy of a snapshot that another store has; mostly one that was killed goes
+    /// on.
+    fn choose_copy(&mut self, random: &mut fastrand::Rng) -> Result<Work> {
+        if let Some(work) = self.unfinished.take().filter(|_| random.u32(..8) > 0) {
+            return Ok(work);
+        }
+        self.next_seed += 1;
+        let seed = self.next_seed;
+        let from = self.store.with_extension("source");
+        let (day, hour) = (seed % 28 + 1, seed / 28 % 24);
+        let year = 2000 + seed / (28 * 24) % 20;
+        let id: SnapshotId = format!("{year}01{day:02}T{hour:02}0000Z").parse()?;
+        work::take(&from, seed, Some(&id))?;
+        let store = self.store.clone();
+        Ok(Work::Copy {
+            store,
+            from,
+            id,
+            seed,
+        })
+    }
+
     /// What to do next, and whether it is to be spared.
-    pub fn choose(&mut self, random: &mut fastrand::Rng) -> (Work, bool) {
+    pub fn choose(&mut self, random: &mut fastrand::Rng) -> Result<(Work, bool)> {
         let store = self.store.clone();
         let there: Vec<&SnapshotId> = self.there.keys().collect();
         let few = there.len() < SNAPSHOTS_MIN;
         let some = there.get(random.usize(..there.len().max(1)));
         let many = there.len() >= SNAPSHOTS_MAX;
-        match (some, random.u32(..4)) {
+        Ok(match (some, random.u32(..6)) {
+            (_, 4 | 5) if !many => (self.choose_copy(random)?, false),
             (Some(_), 0) if !few => (Work::Prune { store, keep: 1 }, false),
             (Some(id), kind) if many || (kind == 1 && !few) => {
                 let id = (*id).clone();
@@ -54,7 +80,7 @@ impl Judge {
                 // Else there would never be much to lose.
                 (Work::Take { store, seed }, few && random.bool())
             }
-        }
+        })
     }
 
     /// What is wrong, after the next one to come has cleaned up.
@@ -64,6 +90,9 @@ impl Judge {
             return Ok(problems);
         }
         let store = Store::open(&self.store)?;
+        if let Work::Copy { .. } = work {
+            self.unfinished = Some(work.clone()).filter(|_| !whole);
+        }
         // Before anybody cleans up, too.
         self.compare(&store, work, whole, &mut problems)?;
         let cleaned = store.clean_tmp()?;
@@ -71,13 +100,15 @@ impl Judge {
             problems.push(format!("{} folders in tmp/ stay", cleaned.live));
         }
         self.verify(&store, &mut problems)?;
-        let left: Vec<_> = std::fs::read_dir(self.store.join("tmp"))?.collect();
-        if !left.is_empty() {
-            problems.push(format!("{} entries of tmp/ are left", left.len()));
+        // What has arrived of a copy is kept for the next one.
+        let left = std::fs::read_dir(self.store.join("tmp"))?.count();
+        let kept = cleaned.unfinished as usize;
+        if left != kept {
+            problems.push(format!("{left} entries of tmp/ are left, {kept} of copies"));
         }
         if self.store.join("packs").exists() {
             let swept = store.catalogue().sweep()?;
-            if swept.packs_removed > 0 {
+            if swept.packs_removed > 0 && kept == 0 {
                 problems.push(format!("{} packs were used by nobody", swept.packs_removed));
             }
         }
@@ -105,7 +136,7 @@ impl Judge {
             })
             .collect();
         let may_go: BTreeSet<SnapshotId> = match work {
-            Work::Take { .. } | Work::Member { .. } => BTreeSet::new(),
+            Work::Take { .. } | Work::Member { .. } | Work::Copy { .. } => BTreeSet::new(),
             Work::Remove { id, .. } => [id.clone()].into(),
             Work::Prune { keep, .. } => {
                 let old = self.there.len().saturating_sub(*keep);
@@ -126,10 +157,16 @@ impl Judge {
             .map(|(_, seed)| *seed)
             .collect();
         let is_right = match work {
-            Work::Take { seed, .. } => new.iter().all(|new| new == seed) && new.len() <= 1,
+            Work::Take { seed, .. } | Work::Copy { seed, .. } => {
+                new.iter().all(|new| new == seed) && new.len() <= 1
+            }
             _ => new.is_empty(),
         };
-        let is_missing = whole && matches!(work, Work::Take { .. }) && new.is_empty();
+        let is_missing = match work {
+            Work::Take { .. } => whole && new.is_empty(),
+            Work::Copy { id, .. } => whole && !listed.contains_key(id),
+            _ => false,
+        };
         if !is_right || is_missing {
             problems.push(format!("snapshots {new:?} are new"));
         }

@@ -1,4 +1,4 @@
-//! Kills takes, removals and prunings of the image store at random points, and
+//! Kills takes, removals, prunings and copies of the image store at random points, and
 //! looks at what is left: all that was there is there and right, nothing is
 //! listed that isn't whole, and the next one to come frees what nobody uses.
 //!
@@ -58,9 +58,9 @@ fn points(points: u64, seed: u64) -> Result<u64> {
     let dir = tempfile::tempdir()?;
     let mut judge = Judge::new(dir.path().join("store"));
     let mut usual = Durations::default();
-    let (mut violations, mut done, mut cut_short) = (0, 0, [0; 3]);
+    let (mut violations, mut done, mut cut_short) = (0, 0, [0; 4]);
     while done < points {
-        let (work, is_spared) = judge.choose(&mut random);
+        let (work, is_spared) = judge.choose(&mut random)?;
         // The first of each kind shows how long it takes.
         let usual_one = usual.of(&work).filter(|_| !is_spared);
         let limit = usual_one.map(|usual| usual.mul_f64(random.f64() * 1.1));
@@ -77,9 +77,10 @@ fn points(points: u64, seed: u64) -> Result<u64> {
             println!("point {done}, {work}, {}: {problem}", cut(limit));
         }
     }
-    let [takes, removals, prunings] = cut_short;
+    let [takes, removals, prunings, copies] = cut_short;
     println!(
-        "killed before they were done: {takes} takes, {removals} removals, {prunings} prunings"
+        "killed before they were done: {takes} takes, {removals} removals, {prunings} prunings, \
+         {copies} copies"
     );
     Ok(violations)
 }
@@ -94,7 +95,7 @@ fn cut(limit: Option<Duration>) -> String {
 /// How long each kind of work takes if nobody kills it: the mean of what was seen,
 /// newer ones counting more.
 #[derive(Default)]
-struct Durations([Option<Duration>; 3]);
+struct Durations([Option<Duration>; 4]);
 
 impl Durations {
     fn of(&self, work: &Work) -> Option<Duration> {
@@ -133,7 +134,7 @@ fn run(work: &Work, limit: Option<Duration>, all: bool) -> Result<bool> {
         std::thread::sleep(Duration::from_micros(200));
     };
     // Those that weren't killed come to their end.
-    let until = Instant::now() + Duration::from_secs(60);
+    let until = Instant::now() + Duration::from_secs(600);
     while test_kill_process_group(pid).is_ok() && Instant::now() < until {
         std::thread::sleep(Duration::from_millis(1));
     }

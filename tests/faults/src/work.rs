@@ -7,7 +7,8 @@ use std::process::{Command, Stdio};
 
 use anyhow::{bail, ensure, Context, Result};
 use xl_vne::image::{
-    DomainType, Downtime, Member, MemberImage, MemberWriter, Name, SnapshotId, Store, WriterOptions,
+    DomainType, Downtime, Incoming, IncomingLimits, Member, MemberImage, MemberWriter, Name,
+    SnapshotId, Store, WriterOptions,
 };
 use xl_vne::stream::Ingest;
 
@@ -28,6 +29,13 @@ pub enum Work {
     Remove { store: PathBuf, id: SnapshotId },
     /// Remove all but the newest ones, one after the other.
     Prune { store: PathBuf, keep: usize },
+    /// Copy a snapshot out of another store.
+    Copy {
+        store: PathBuf,
+        from: PathBuf,
+        id: SnapshotId,
+        seed: u64,
+    },
 }
 
 impl fmt::Display for Work {
@@ -37,6 +45,7 @@ impl fmt::Display for Work {
             Work::Member { name, .. } => write!(f, "member {name}"),
             Work::Remove { id, .. } => write!(f, "remove {id}"),
             Work::Prune { keep, .. } => write!(f, "prune to {keep}"),
+            Work::Copy { seed, .. } => write!(f, "copy {seed}"),
         }
     }
 }
@@ -52,12 +61,13 @@ pub fn member_seed(seed: u64, name: &str) -> u64 {
 }
 
 impl Work {
-    /// What kind it is: takes, removals, prunings.
+    /// What kind it is: takes, removals, prunings, copies.
     pub fn kind(&self) -> usize {
         match self {
             Work::Take { .. } | Work::Member { .. } => 0,
             Work::Remove { .. } => 1,
             Work::Prune { .. } => 2,
+            Work::Copy { .. } => 3,
         }
     }
 
@@ -71,6 +81,18 @@ impl Work {
             }
             Work::Remove { store, id } => vec!["remove".into(), text(store), id.to_string()],
             Work::Prune { store, keep } => vec!["prune".into(), text(store), keep.to_string()],
+            Work::Copy {
+                store,
+                from,
+                id,
+                seed,
+            } => vec![
+                "copy".into(),
+                text(store),
+                text(from),
+                id.to_string(),
+                seed.to_string(),
+            ],
         }
     }
 
@@ -95,6 +117,12 @@ impl Work {
                 store: store.into(),
                 keep: keep.parse()?,
             },
+            ["copy", store, from, id, seed] => Work::Copy {
+                store: store.into(),
+                from: from.into(),
+                id: id.parse()?,
+                seed: seed.parse()?,
+            },
             _ => bail!("no such work: {words:?}"),
         })
     }
@@ -102,7 +130,7 @@ impl Work {
     /// Does it in this process.
     pub fn run(&self) -> Result<()> {
         match self {
-            Work::Take { store, seed } => take(store, *seed),
+            Work::Take { store, seed } => take(store, *seed, None),
             Work::Member { take, name, seed } => {
                 let image = member(take, name, *seed)?;
                 // Who waits for it may have been killed.
@@ -115,15 +143,22 @@ impl Work {
                 Ok(store.catalogue().remove(&vne()?, id)?)
             }
             Work::Prune { store, keep } => prune(store, *keep),
+            Work::Copy {
+                store, from, id, ..
+            } => copy(store, from, id),
         }
     }
 }
 
-/// As `xl vne-snapshot take` does: it begins by cleaning up.
-fn take(root: &Path, seed: u64) -> Result<()> {
+/// As `xl vne-snapshot take` does: it begins by cleaning up. With an id, if that is
+/// given.
+pub fn take(root: &Path, seed: u64, id: Option<&SnapshotId>) -> Result<()> {
     let store = Store::open(root)?;
     store.clean_tmp()?;
-    let mut take = store.begin(&vne()?)?;
+    let mut take = match id {
+        Some(id) => store.begin_as(&vne()?, id)?,
+        None => store.begin(&vne()?)?,
+    };
     let mut manifest = take.manifest(&Name::new("dom0")?);
     manifest.label = Some(seed.to_string());
     let mut workers = Vec::new();
@@ -173,6 +208,42 @@ fn prune(root: &Path, keep: usize) -> Result<()> {
     Ok(())
 }
 
+/// As two vneds do, the one that receives and the one that sends. A file is sent in
+/// pieces, as there.
+fn copy(root: &Path, from: &Path, id: &SnapshotId) -> Result<()> {
+    const PIECE_BYTES: usize = 64;
+    let from = Store::open(from)?.catalogue().get(&vne()?, id)?;
+    let store = Store::open(root)?;
+    let manifest = from.manifest_to_copy()?;
+    let limits = IncomingLimits::default();
+    let begun = Incoming::begin(&store, &Name::new("dom1")?, manifest, limits)?;
+    let Some(mut incoming) = begun else {
+        return Ok(());
+    };
+    for name in incoming.wanted() {
+        incoming.begin_member(&name)?;
+        for (file, bytes) in from.files_to_copy(&name)? {
+            for (nth, piece) in bytes.chunks(PIECE_BYTES).enumerate() {
+                incoming.file(&name, file, (nth * PIECE_BYTES) as u64, piece)?;
+            }
+        }
+        let mut outgoing = from.member_to_copy(&name)?;
+        while let Some(batch) = outgoing.next_batch() {
+            let lacking = incoming.batch(&name, &batch.bytes)?;
+            for mut frame in outgoing.read(&batch, &lacking)? {
+                incoming.frame(&name, &frame.bytes, frame.count)?;
+                outgoing.arrived(&frame.take_hashes());
+            }
+        }
+        if let Some(frame) = outgoing.close_frame()? {
+            incoming.frame(&name, &frame.bytes, frame.count)?;
+        }
+        incoming.end_member(&name)?;
+    }
+    incoming.finish()?;
+    Ok(())
+}
+
 fn entry(name: &str, image: MemberImage) -> Result<Member> {
     Ok(Member {
         name: Name::new(name)?,
@@ -182,6 +253,7 @@ fn entry(name: &str, image: MemberImage) -> Result<Member> {
         domain_type: DomainType::Pvh,
         memory_kib: 0,
         vcpus: 1,
+        ran_on: None,
         downtime: Downtime::default(),
         rounds: 3,
         pages_sent: image.stats.pages_received,
@@ -190,6 +262,8 @@ fn entry(name: &str, image: MemberImage) -> Result<Member> {
         diverged: false,
         throttled_to: None,
         uncaptured_disks: Vec::new(),
+        read_only_disks: Vec::new(),
+        disks: Vec::new(),
         late_frames: 0,
         recorded: None,
         timeline: None,

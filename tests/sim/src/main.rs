@@ -1,6 +1,7 @@
 //! Runs the cut protocol over a network and hosts that fail in every way, and
 //! checks after every step what it promises. `cargo xtask sim` starts it.
 
+mod growth;
 mod schedule;
 mod world;
 
@@ -32,6 +33,10 @@ struct Cli {
     /// Break the protocol in this way
     #[arg(long, value_parser = mutant)]
     mutant: Option<Mutant>,
+    /// Nothing fails: print as JSON what takes of more and more hosts and members
+    /// cost
+    #[arg(long, conflicts_with = "mutant")]
+    growth: bool,
 }
 
 fn mutant(name: &str) -> Result<Mutant, String> {
@@ -130,8 +135,52 @@ fn run_all(first: u64, count: u64, mutant: Option<Mutant>) -> Totals {
     totals
 }
 
+/// Hosts and members of takes that are simulated.
+const SIZES: [(usize, usize); 7] = [
+    (1, 10),
+    (1, 100),
+    (10, 100),
+    (10, 1_000),
+    (100, 1_000),
+    (100, 10_000),
+    (1_000, 10_000),
+];
+
+/// Prints what takes of growing size cost, with 1 ms from host to host.
+fn grow() -> Result<(), String> {
+    // First, when the process has no memory to reuse.
+    let hosts = 1_000;
+    let coordinator_bytes = growth::coordinator_bytes(hosts)?;
+    let mut takes = Vec::new();
+    for works in [false, true] {
+        for (hosts, members) in SIZES {
+            takes.push(growth::run(growth::Size {
+                hosts,
+                members,
+                latency_ns: schedule::MS,
+                works,
+            })?);
+        }
+    }
+    let told = serde_json::json!({
+        "coordinator": { "hosts": hosts, "bytes": coordinator_bytes },
+        "takes": takes,
+    });
+    println!("{told}");
+    Ok(())
+}
+
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    if cli.growth {
+        return match grow() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(why) => {
+                eprintln!("sim: {why}");
+                ExitCode::FAILURE
+            }
+        };
+    }
     let totals = run_all(cli.seed, cli.schedules, cli.mutant);
     let violations = totals.violations.into_inner();
     let mut seeds = totals.seeds.into_inner().unwrap_or_default();
