@@ -12,6 +12,7 @@ mod frames;
 mod init;
 mod json;
 mod marks;
+mod memory;
 mod mesh;
 mod peers;
 mod ring;
@@ -25,6 +26,7 @@ mod tcp_counters;
 mod tcp_server;
 mod tcp_stream;
 mod workload;
+mod writer;
 
 use std::process::ExitCode;
 
@@ -42,6 +44,9 @@ vne-guest: workloads of the lab's guests
                                                     full datagrams that say whose
                                                     they are, to one other station
   cpu                                               count work done
+  writer [--device D] [--interval-us N]             keep a log on a disk, and compare
+                                                    it with memory
+  memory [--mib N] [--written-pages N]              read memory, write some, and count it
   sink --port P [--seconds N]                       report on a stream, in JSON
   frames INTERFACE … --seconds N                    count frames by the word in them
   ask IP [--timeout-ms N] [--tries N]               print a guest's counters, in JSON

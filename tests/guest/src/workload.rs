@@ -1,7 +1,7 @@
 //! The workloads by name.
 
 use crate::status::Status;
-use crate::{cpu, marks, mesh, ring, stream, tcp_client, tcp_server};
+use crate::{cpu, marks, memory, mesh, ring, stream, tcp_client, tcp_server, writer};
 
 /// A workload, ready to run; most never end.
 pub type Run = Box<dyn FnOnce() -> Result<(), String> + Send>;
@@ -18,6 +18,8 @@ pub fn prepare(words: &[String], status: &Status) -> Result<Run, String> {
         "tcp-server" => tcp_server::prepare(rest, status),
         "tcp-client" => tcp_client::prepare(rest, status),
         "cpu" => cpu::prepare(rest, status),
+        "writer" => writer::prepare(rest, status),
+        "memory" => memory::prepare(rest, status),
         _ => Err(format!("there's no workload {name}")),
     }
 }

@@ -3,11 +3,14 @@
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use clap::builder::PossibleValuesParser;
 use clap::{Args, Parser, Subcommand};
 
 use crate::lab::{self, Flavour, Guest, Lab, Life, Shape};
+use crate::suite::Suite;
 
 #[derive(Parser)]
 #[command(name = "cargo xtask", about = "The project's task runner")]
@@ -33,6 +36,9 @@ enum Verb {
         /// this, some of it
         #[arg(long, conflicts_with = "no_lab")]
         full: bool,
+        /// Debian suite of the lab's hosts
+        #[arg(long, value_enum, default_value_t, conflicts_with = "no_lab")]
+        suite: Suite,
     },
     /// Run the cut protocol through everything that can go wrong
     Sim {
@@ -55,13 +61,35 @@ enum Verb {
         #[arg(long)]
         seed: Option<u64>,
     },
+    /// Measure what the project claims: a table, targets and plots
+    Bench {
+        /// Few repetitions, and only what the targets need: below 15 minutes
+        #[arg(long)]
+        quick: bool,
+        /// Write all figures and the targets to this file
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
+        /// Write the plots to this folder; cargo's own, without this
+        #[arg(long, value_name = "DIR")]
+        plots: Option<PathBuf>,
+        /// Begin no further repetition after so many minutes
+        #[arg(long, value_name = "N")]
+        minutes: Option<u64>,
+        /// Only these parts, separated by commas
+        #[arg(long, value_name = "PARTS", value_delimiter = ',', value_parser = parts())]
+        only: Vec<String>,
+    },
     /// Build the product, laid out as it's installed
-    Build,
+    Build {
+        /// Debian suite
+        #[arg(long, value_enum, default_value_t)]
+        suite: Suite,
+    },
     /// Build Debian packages, into target/deb
     Deb {
         /// Debian suite
-        #[arg(long, default_value = "bookworm")]
-        suite: String,
+        #[arg(long, value_enum, default_value_t)]
+        suite: Suite,
         /// Build none: try those that were built on two hosts with real Xen
         #[arg(long)]
         try_on_xen: bool,
@@ -70,8 +98,8 @@ enum Verb {
     /// the README's commands
     ReleaseCheck {
         /// Only the packages of this Debian suite
-        #[arg(long)]
-        suite: Option<String>,
+        #[arg(long, value_enum)]
+        suite: Option<Suite>,
         /// Without the README's commands, which take more than an hour
         #[arg(long)]
         no_lab: bool,
@@ -82,8 +110,8 @@ enum Verb {
     /// Print the folder of the distribution's Xen source, fetched when missing
     XenSource {
         /// Debian suite
-        #[arg(long, default_value = "bookworm")]
-        suite: String,
+        #[arg(long, value_enum, default_value_t)]
+        suite: Suite,
     },
 }
 
@@ -93,8 +121,8 @@ struct ShapeArgs {
     #[arg(long, default_value_t = 1)]
     hosts: usize,
     /// Debian suite of the hosts
-    #[arg(long, default_value = "bookworm")]
-    suite: String,
+    #[arg(long, value_enum, default_value_t)]
+    suite: Suite,
     /// Emulator and hypervisor
     #[arg(long, value_enum, default_value = "pv")]
     flavour: Flavour,
@@ -230,6 +258,9 @@ struct GuestArgs {
     /// The VNE whose own network it's on, if it isn't on the hosts'
     #[arg(long)]
     vne: Option<String>,
+    /// A disk, as xl wants it: phy:/dev/vg0/web,xvda,w
+    #[arg(long)]
+    disk: Vec<String>,
     /// Local file to be found at /BASENAME in the guest
     #[arg(long)]
     add: Vec<PathBuf>,
@@ -239,13 +270,22 @@ struct GuestArgs {
     workload: Vec<String>,
 }
 
+fn parts() -> PossibleValuesParser {
+    PossibleValuesParser::new(crate::bench::parts())
+}
+
 /// Reads the command line and does what it says.
 pub fn run() -> Result<ExitCode> {
     match Cli::parse().verb {
         Verb::Demo => crate::demo::run().map(|()| ExitCode::SUCCESS),
-        Verb::Test { lab, no_lab, full } => {
+        Verb::Test {
+            lab,
+            no_lab,
+            full,
+            suite,
+        } => {
             crate::scale::set_full(full);
-            crate::test::run(lab.as_deref(), no_lab)
+            crate::test::run(suite, lab.as_deref(), no_lab)
         }
         Verb::Sim {
             schedules,
@@ -253,12 +293,26 @@ pub fn run() -> Result<ExitCode> {
             mutant,
         } => crate::test::simulate(schedules, seed, mutant.as_deref()),
         Verb::StoreFaults { points, seed } => crate::test::store_faults(points, seed),
-        Verb::Build => {
-            println!("{}", crate::product::stage()?.display());
+        Verb::Bench {
+            quick,
+            json,
+            plots,
+            minutes,
+            only,
+        } => crate::bench::run(&crate::bench::Request {
+            scale: crate::bench::Scale {
+                quick,
+                until: minutes.map(|minutes| Instant::now() + Duration::from_secs(60 * minutes)),
+            },
+            only,
+            json,
+            plots,
+        }),
+        Verb::Build { suite } => {
+            println!("{}", crate::product::stage(suite)?.display());
             Ok(ExitCode::SUCCESS)
         }
         Verb::Deb { suite, try_on_xen } => {
-            let suite = crate::package::Suite::named(&suite)?;
             if try_on_xen {
                 crate::package::on_xen::check(suite)?;
                 println!("installed, taken, restored, purged: as it should be");
@@ -269,16 +323,10 @@ pub fn run() -> Result<ExitCode> {
             }
             Ok(ExitCode::SUCCESS)
         }
-        Verb::ReleaseCheck { suite, no_lab } => {
-            let suite = suite
-                .as_deref()
-                .map(crate::package::Suite::named)
-                .transpose()?;
-            crate::package::release::check(suite, !no_lab)
-        }
+        Verb::ReleaseCheck { suite, no_lab } => crate::package::release::check(suite, !no_lab),
         Verb::Lab(verb) => lab_verb(verb),
         Verb::XenSource { suite } => {
-            println!("{}", lab::xen_source(&suite)?.display());
+            println!("{}", lab::xen_source(suite)?.display());
             Ok(ExitCode::SUCCESS)
         }
     }
@@ -314,7 +362,8 @@ fn lab_verb(verb: LabVerb) -> Result<ExitCode> {
             destination,
         } => Lab::attach()?.get(host, &source, &destination)?,
         LabVerb::Install { host } => {
-            crate::product::install(&Lab::attach()?, host, &crate::product::stage()?)?;
+            let lab = Lab::attach()?;
+            crate::product::install(&lab, host, &crate::product::stage(lab.suite())?)?;
         }
         LabVerb::Guest(args) => guest(args)?,
         LabVerb::Console { host, name } => {
@@ -389,6 +438,7 @@ fn guest(args: GuestArgs) -> Result<()> {
         ip: args.ip,
         mac: None,
         vne: args.vne,
+        disks: args.disk,
         add: args.add,
         workload: args.workload,
     };

@@ -12,9 +12,10 @@ use crate::product;
 /// destroys its domains and brings them back.
 pub fn run() -> Result<()> {
     say("Building xl-vne and a patched xl.");
-    let stage = product::stage()?;
+    let shape = Shape::default();
+    let stage = product::stage(shape.suite)?;
     say("Booting a Xen host (real Xen and dom0, in QEMU's software emulation).");
-    let lab = Lab::up(&Shape::default(), Life::Tied)?;
+    let lab = Lab::up(&shape, Life::Tied)?;
     product::install(&lab, 0, &stage)?;
     say(
         "Starting four domains. ring0, ring1 and ring2 pass one UDP token round and never send it \

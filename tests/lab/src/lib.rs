@@ -1,5 +1,7 @@
 //! The project's task runner, and the lab that runs real Xen under QEMU.
 
+pub mod bench;
+mod builder;
 pub mod check;
 pub mod cli;
 pub mod demo;
@@ -7,4 +9,5 @@ pub mod lab;
 pub mod package;
 pub mod product;
 mod scale;
+pub mod suite;
 pub mod test;

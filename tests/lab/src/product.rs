@@ -2,16 +2,14 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::Stdio;
 
 use anyhow::{bail, Context, Result};
 use serde_json::Value;
 
+use crate::builder::Builder;
 use crate::lab::{self, Lab};
-
-/// Where Debian 12's Xen has its private files. In one place: another release
-/// of Xen means another folder.
-pub const XEN_FOLDER: &str = "usr/lib/xen-4.17";
+use crate::suite::Suite;
 
 /// What building needs: package, and the program or file that proves it.
 const TOOLS: &[(&str, &str)] = &[
@@ -28,43 +26,45 @@ pub fn install_tools() -> Result<()> {
     lab::install(TOOLS)
 }
 
-/// Builds everything and returns the folder that holds the installed layout.
-pub fn stage() -> Result<PathBuf> {
-    install_tools()?;
+/// Builds everything for a suite and returns the folder that holds the installed
+/// layout.
+pub fn stage(suite: Suite) -> Result<PathBuf> {
+    let builder = Builder::of(suite)?;
+    let built = build_plugin(&builder)?;
     let root = lab::workspace();
-    let (plugin, shims) = build_plugin(&root)?;
-    let stage = target(&root).join("stage");
+    let stage = builder.folder().join("stage");
     if stage.exists() {
         fs::remove_dir_all(&stage).context("cannot empty the stage")?;
     }
-    let private = stage.join(XEN_FOLDER);
+    let private = stage.join(suite.xen_folder());
     let programs = private.join("bin");
-    build_xl(&root, &programs)?;
-    copy(&shims.join("vne-save-helper"), &programs)?;
-    copy(&shims.join("vne-save-policy.so"), &programs)?;
-    copy(&target(&root).join("release/vned"), &programs)?;
+    fs::create_dir_all(&programs).context("cannot create the stage")?;
+    build_xl(&builder, suite, &programs)?;
+    copy(&built.shims.join("vne-save-helper"), &programs)?;
+    copy(&built.shims.join("vne-save-policy.so"), &programs)?;
+    copy(&builder.folder().join("release/vned"), &programs)?;
     copy(&root.join("packaging/systemd/vned.service"), &programs)?;
     copy(&root.join("packaging/hotplug/vif-vne"), &programs)?;
     let plugins = private.join("lib/xl-plugins");
     fs::create_dir_all(&plugins).context("cannot create the plugins' folder")?;
-    fs::copy(&plugin, plugins.join("vne.so")).context("cannot copy the plugin")?;
+    fs::copy(&built.plugin, plugins.join("vne.so")).context("cannot copy the plugin")?;
     Ok(stage)
 }
 
-/// Builds one of the programs that only checks use, an example of the product's
-/// package.
-pub fn example(name: &str) -> Result<PathBuf> {
-    let root = lab::workspace();
-    let status = Command::new(env!("CARGO"))
-        .args(["build", "--release", "--quiet", "--package", "xl-vne"])
-        .args(["--example", name])
-        .current_dir(&root)
+/// Builds, for a suite, one of the programs that only checks use, an example of the
+/// product's package.
+pub fn example(suite: Suite, name: &str) -> Result<PathBuf> {
+    let builder = Builder::of(suite)?;
+    let script =
+        format!("\"$CARGO\" build --release --locked --quiet --package xl-vne --example {name}");
+    let status = builder
+        .command(&[], &[], &script)?
         .status()
         .context("cannot run cargo")?;
     if !status.success() {
         bail!("the program {name} doesn't build ({status})");
     }
-    Ok(target(&root).join("release/examples").join(name))
+    Ok(builder.folder().join("release/examples").join(name))
 }
 
 /// Where cargo builds.
@@ -76,9 +76,10 @@ pub fn target(root: &Path) -> PathBuf {
 /// beside ours as `xl.stock`. The lab's dom0 has no journal: the daemon's log is
 /// a file.
 pub fn install(lab: &Lab, host: usize, stage: &Path) -> Result<()> {
-    lab.put(host, &stage.join(XEN_FOLDER), "/root/stage")?;
+    let folder = lab.suite().xen_folder();
+    lab.put(host, &stage.join(&folder), "/root/stage")?;
     let script = format!(
-        "set -e; cd /{XEN_FOLDER}; test -e bin/xl.stock || cp -p bin/xl bin/xl.stock; \
+        "set -e; cd /{folder}; test -e bin/xl.stock || cp -p bin/xl bin/xl.stock; \
          chown -R root:root /root/stage; chmod -R go-w /root/stage; \
          for f in bin/xl bin/vne-save-helper bin/vne-save-policy.so lib/xl-plugins/vne.so; do \
          mkdir -p ${{f%/*}}; cp /root/stage/$f $f.new; chmod 755 $f.new; mv $f.new $f; done; \
@@ -93,13 +94,19 @@ pub fn install(lab: &Lab, host: usize, stage: &Path) -> Result<()> {
     lab.run(host, &script).map(drop)
 }
 
-/// The plugin, and the folder of what c-shim was compiled into.
-fn build_plugin(root: &Path) -> Result<(PathBuf, PathBuf)> {
-    let output = Command::new(env!("CARGO"))
-        .args(["build", "--release", "--package", "xl-vne"])
-        .args(["--message-format", "json-render-diagnostics"])
-        .current_dir(root)
-        .stderr(std::process::Stdio::inherit())
+/// What cargo has built.
+struct Built {
+    plugin: PathBuf,
+    /// The folder of what c-shim was compiled into.
+    shims: PathBuf,
+}
+
+fn build_plugin(builder: &Builder) -> Result<Built> {
+    let script = "\"$CARGO\" build --release --locked --package xl-vne \
+                  --message-format json-render-diagnostics";
+    let output = builder
+        .command(&[], &[], script)?
+        .stderr(Stdio::inherit())
         .output()
         .context("cannot run cargo")?;
     if !output.status.success() {
@@ -127,17 +134,18 @@ fn build_plugin(root: &Path) -> Result<(PathBuf, PathBuf)> {
         }
     }
     match (plugin, shims) {
-        (Some(plugin), Some(shims)) => Ok((plugin, shims)),
+        (Some(plugin), Some(shims)) => Ok(Built { plugin, shims }),
         _ => bail!("cargo didn't say where it built the plugin"),
     }
 }
 
-fn build_xl(root: &Path, programs: &Path) -> Result<()> {
-    fs::create_dir_all(programs).context("cannot create the stage")?;
-    let source = lab::xen_source("bookworm")?;
-    let output = Command::new(root.join("xl-ext/build"))
-        .arg(&source)
-        .arg(programs)
+fn build_xl(builder: &Builder, suite: Suite, programs: &Path) -> Result<()> {
+    let source = lab::xen_source(suite)?;
+    let text = |path: &Path| path.to_string_lossy().into_owned();
+    let (source_text, programs) = (text(&source), text(programs));
+    let variables = [("SRC", source_text.as_str()), ("OUT", programs.as_str())];
+    let output = builder
+        .command(&[&source], &variables, "xl-ext/build \"$SRC\" \"$OUT\"")?
         .output()
         .context("cannot run xl-ext/build")?;
     if !output.status.success() {

@@ -8,16 +8,18 @@ use anyhow::{Context, Result};
 use crate::check::{self, Tally};
 use crate::lab;
 use crate::product;
+use crate::suite::Suite;
 
-/// Runs the tests; `lab` chooses lab tests by name and leaves the rest out.
-pub fn run(lab: Option<&str>, no_lab: bool) -> Result<ExitCode> {
+/// Runs the tests, those in the lab on hosts of a suite; `lab` chooses lab tests
+/// by name and leaves the rest out.
+pub fn run(suite: Suite, lab: Option<&str>, no_lab: bool) -> Result<ExitCode> {
     let mut tally = Tally::default();
     if lab.is_none() {
         without_xen(&mut tally)?;
     }
     if !no_lab {
         for group in check::GROUPS {
-            check::run(group, lab.unwrap_or_default(), &mut tally)?;
+            check::run(suite, group, lab.unwrap_or_default(), &mut tally)?;
         }
     }
     println!("{} passed, {} failed", tally.passed, tally.failed);
@@ -90,7 +92,7 @@ pub fn store_faults(points: u64, seed: Option<u64>) -> Result<ExitCode> {
 fn without_xen(tally: &mut Tally) -> Result<()> {
     product::install_tools()?;
     let root = lab::workspace();
-    let source = lab::xen_source("bookworm")?;
+    let source = lab::xen_source(Suite::default())?;
     let cargo = |arguments: &[&str]| {
         let mut command = Command::new(env!("CARGO"));
         command.args(arguments).current_dir(&root);

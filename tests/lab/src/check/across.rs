@@ -7,6 +7,7 @@ use serde_json::Value;
 
 use super::vne::{number, Vne, NAME};
 use super::whole::{downtimes_ms, ms, restore, spread, tell};
+use crate::bench::figures::median;
 use crate::scale;
 
 /// How long the token's way is watched.
@@ -125,12 +126,6 @@ pub fn skew_and_downtime(vne: &Vne) -> Result<String> {
     );
     ensure!(worst <= 2.0, "downtime is much longer than alone:\n{told}");
     Ok(told)
-}
-
-fn median(values: &[f64]) -> f64 {
-    let mut values = values.to_vec();
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
 /// The token goes round by the wire, and doesn't when that is cut.

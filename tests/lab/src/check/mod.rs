@@ -1,6 +1,7 @@
 //! The lab tests: what the product promises, on real Xen.
 
 mod across;
+mod disks;
 mod downtime;
 mod failure;
 mod frames;
@@ -8,13 +9,14 @@ mod hostile;
 mod input;
 mod loader;
 mod matrix;
+mod moves;
 mod network;
 mod numbered;
-mod peers;
+pub(crate) mod peers;
 mod restored;
 mod tcp;
-mod vne;
-mod whole;
+pub(crate) mod vne;
+pub(crate) mod whole;
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -23,6 +25,7 @@ use anyhow::{Context, Result};
 
 use crate::lab::{Flavour, Lab, Life, Shape};
 use crate::product;
+use crate::suite::Suite;
 use vne::Placement;
 pub use vne::Vne;
 
@@ -87,6 +90,10 @@ const PV: &[Check] = &[
         run: restored::killed_while_frames_wait,
     },
     Check {
+        name: "disks_are_of_the_same_moment_as_memory_after_each_restore",
+        run: disks::agree_with_memory,
+    },
+    Check {
         name: "a_full_disk_fails_the_take_and_harms_nobody",
         run: failure::full_disk,
     },
@@ -129,6 +136,10 @@ const TWO_HOSTS: &[Check] = &[
     Check {
         name: "numbered_datagrams_both_ways_are_delivered_once_across_restores",
         run: numbered::across_restores,
+    },
+    Check {
+        name: "encrypted_snapshots_are_copied_and_restored_on_another_host",
+        run: moves::encrypted_and_moved,
     },
     Check {
         name: "networks_of_two_vnes_with_the_same_addresses_stay_apart",
@@ -205,9 +216,9 @@ impl Tally {
     }
 }
 
-/// Runs the tests of a group whose name contains `filter`, or a part of it
-/// between commas.
-pub fn run(group: &Group, filter: &str, tally: &mut Tally) -> Result<()> {
+/// Runs, on hosts of a suite, the tests of a group whose name contains `filter`, or
+/// a part of it between commas.
+pub fn run(suite: Suite, group: &Group, filter: &str, tally: &mut Tally) -> Result<()> {
     let chosen: Vec<&Check> = group
         .checks
         .iter()
@@ -216,18 +227,18 @@ pub fn run(group: &Group, filter: &str, tally: &mut Tally) -> Result<()> {
     if chosen.is_empty() {
         return Ok(());
     }
-    let stage: PathBuf = product::stage()?;
+    let stage: PathBuf = product::stage(suite)?;
     let programs = ["measure", "hostile", "holds"];
     let shape = Shape {
         flavour: group.flavour,
         hosts: group.placement.hosts,
-        ..Shape::default()
+        suite,
     };
     let lab = Lab::up(&shape, Life::Tied)?;
     for host in 0..shape.hosts {
         product::install(&lab, host, &stage)?;
         for name in programs {
-            let program = product::example(name)?;
+            let program = product::example(suite, name)?;
             lab.put(host, &program, &format!("/usr/local/bin/{name}"))?;
         }
     }

@@ -22,6 +22,9 @@ const ENDS: [Member; 2] = [
         ip: "10.77.1.41",
     },
 ];
+/// Where frames may have been dropped; the vifs are gone once the guests are.
+const COUNTERS: &str = "ip -s -s link; tc -s qdisc; cat /proc/net/softnet_stat; \
+                        bridge -s fdb show br xenbr0";
 const PATIENCE: Duration = Duration::from_secs(20);
 /// Datagrams that each end gets after a restore before it's believed.
 const AFTER: u64 = 200;
@@ -30,6 +33,10 @@ const AFTER: u64 = 200;
 /// comes twice or in another order.
 pub fn across_restores(vne: &Vne) -> Result<String> {
     let told = start(vne).and_then(|()| through_restores(vne));
+    let told = told.map_err(|error| match vne.everywhere(COUNTERS) {
+        Ok(counters) => error.context(counters.join("\n")),
+        Err(_) => error,
+    });
     stop(vne)?;
     vne.remove_all()?;
     told

@@ -68,6 +68,19 @@ pub const TWO_HOSTS: Placement = Placement {
     stream: None,
 };
 
+/// One host, for guests that aren't the VNE's.
+static BARE_ONE: Placement = bare(1);
+/// Two of these.
+static BARE_TWO: Placement = bare(2);
+
+const fn bare(hosts: usize) -> Placement {
+    Placement {
+        hosts,
+        ring: &[],
+        stream: None,
+    }
+}
+
 impl Placement {
     fn members(&self) -> impl Iterator<Item = &Member> {
         self.ring.iter().chain(&self.stream)
@@ -91,6 +104,12 @@ pub struct Vne {
 }
 
 impl Vne {
+    /// A lab that has no members yet.
+    pub fn bare(lab: Lab, hosts: usize) -> Self {
+        let placement = if hosts == 1 { &BARE_ONE } else { &BARE_TWO };
+        Self { lab, placement }
+    }
+
     /// Starts the guests on one host.
     pub fn start(lab: Lab) -> Result<Self> {
         Self::start_placed(lab, &ONE_HOST)

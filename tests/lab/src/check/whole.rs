@@ -229,7 +229,10 @@ pub fn export_is_stock(vne: &Vne) -> Result<String> {
         ensure!(mode.trim() == "600", "the file has mode {mode}");
         // A file of xl: its own header in front of libxl's stream.
         let verified = vne.sh("verify-stream-v2 -f xl -i /root/export/ring1 2>&1")?;
-        vne.sh("xl destroy ring1; /usr/lib/xen-4.17/bin/xl.stock restore /root/export/ring1 2>&1")?;
+        let stock = format!("/{}/bin/xl.stock", vne.lab.suite().xen_folder());
+        vne.sh(&format!(
+            "xl destroy ring1; {stock} restore /root/export/ring1 2>&1"
+        ))?;
         let station = vne.station(1)?;
         ensure!(number(&station, "/memory/corrupt")? == 0, "{station}");
         let size = vne.sh("stat -c %s /root/export/ring1")?;

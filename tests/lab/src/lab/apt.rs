@@ -14,6 +14,7 @@ use anyhow::{bail, Context, Result};
 
 use super::cache::{Cache, Key, Lock};
 use super::process;
+use crate::suite::Suite;
 
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 const UPDATE_LIMIT: Duration = Duration::from_secs(600);
@@ -31,7 +32,7 @@ struct Archive {
 /// apt with the lab's own lists for one suite.
 #[derive(Clone, Debug)]
 pub struct Apt {
-    suite: String,
+    suite: Suite,
     archives: Vec<Archive>,
     dir: PathBuf,
 }
@@ -39,17 +40,17 @@ pub struct Apt {
 impl Apt {
     /// Reads this machine's apt configuration and makes the lists for
     /// `suite`, with `refresh` anew even when there are some.
-    pub fn open(cache: &Cache, suite: &str, refresh: bool) -> Result<Self> {
+    pub fn open(cache: &Cache, suite: Suite, refresh: bool) -> Result<Self> {
         let targets = process::capture(Command::new("apt-get").args([
             "indextargets",
             "--format",
             "$(CREATED_BY) $(ORIGIN) $(REPO_URI) $(CODENAME) $(RELEASE) $(COMPONENT)",
         ]))
         .context("cannot ask apt for its sources")?;
-        let archives = for_suite(&parse_targets(&targets), suite)?;
+        let archives = for_suite(&parse_targets(&targets), suite.name())?;
         let dir = cache.dir(&format!("apt-{suite}"))?;
         let apt = Apt {
-            suite: suite.to_owned(),
+            suite,
             archives,
             dir,
         };
@@ -57,16 +58,11 @@ impl Apt {
         Ok(apt)
     }
 
-    /// The suite's name.
-    pub fn suite(&self) -> &str {
-        &self.suite
-    }
-
     /// The URI to bootstrap the suite from.
     pub fn mirror(&self) -> Result<&str> {
         self.archives
             .iter()
-            .find(|archive| archive.release == self.suite)
+            .find(|archive| archive.release == self.suite.name())
             .map(|archive| archive.uri.as_str())
             .with_context(|| format!("apt has no source for {}", self.suite))
     }

@@ -10,6 +10,7 @@ use super::apt::{self, Apt};
 use super::cache::{Cache, Key};
 use super::process;
 use super::shape::Flavour;
+use crate::suite::Suite;
 
 const SCRIPT: &str = include_str!("../../scripts/emulator.sh");
 const LIMIT: Duration = Duration::from_secs(2 * 3600);
@@ -26,11 +27,16 @@ const TOOLS: &[(&str, &str)] = &[
     ("zlib1g-dev", "/usr/include/zlib.h"),
 ];
 
-/// Finds or builds the emulator of a flavour.
-pub fn emulator(cache: &Cache, apt: &Apt, flavour: Flavour) -> Result<PathBuf> {
+/// Whose QEMU both are: that of the machines that labs run on, whatever runs in
+/// them.
+const SUITE: Suite = Suite::Bookworm;
+
+/// Finds or builds the emulator of a flavour; `refresh` as with [`Apt::open`].
+pub fn emulator(cache: &Cache, flavour: Flavour, refresh: bool) -> Result<PathBuf> {
     match flavour {
         Flavour::Pv => Ok(PathBuf::from("qemu-system-x86_64")),
         Flavour::Pvh => {
+            let apt = Apt::open(cache, SUITE, refresh)?;
             let (source, source_key) = apt.source(cache, "qemu")?;
             let key = Key::new("emulator")
                 .with("script", SCRIPT)

@@ -47,6 +47,8 @@ pub struct Guest {
     pub mac: Option<[u8; 3]>,
     /// The VNE whose own network it's on, if it isn't on the hosts'.
     pub vne: Option<String>,
+    /// Its disks, as xl wants them.
+    pub disks: Vec<String>,
     /// Files to be found at `/BASENAME` in the guest.
     pub add: Vec<PathBuf>,
     /// The workload and its arguments.
@@ -66,6 +68,7 @@ impl Guest {
             ip: None,
             mac: None,
             vne: None,
+            disks: Vec::new(),
             add: Vec::new(),
             workload: Vec::new(),
         }
@@ -87,6 +90,13 @@ impl Guest {
                 self.working_set_mib,
                 self.memory_mib
             );
+        }
+        if let Some(disk) = self
+            .disks
+            .iter()
+            .find(|disk| !disk.chars().all(|c| plain(c) || "/:,=".contains(c)))
+        {
+            bail!("{disk:?} is no disk of xl's, such as phy:/dev/vg0/web,xvda,w");
         }
         if let Some(word) = self.workload.iter().find(|word| word.contains('\n')) {
             bail!("a workload's argument has a line break in it: {word:?}");
@@ -146,6 +156,7 @@ impl Guest {
             Some(vne) => format!("script=vif-vne,bridge={vne}"),
             None => String::from("bridge=xenbr0"),
         };
+        let disks: Vec<String> = self.disks.iter().map(|disk| format!("{disk:?}")).collect();
         format!(
             "name = \"{name}\"\n\
              type = \"{kind}\"\n\
@@ -156,8 +167,15 @@ impl Guest {
              maxmem = {}\n\
              vcpus = {}\n\
              vif = [ \"mac=00:16:3e:{:02x}:{:02x}:{:02x},{bridge}\" ]\n\
+             disk = [ {} ]\n\
              on_crash = \"destroy\"\n",
-            self.memory_mib, self.memory_mib, self.vcpus, mac[0], mac[1], mac[2],
+            self.memory_mib,
+            self.memory_mib,
+            self.vcpus,
+            mac[0],
+            mac[1],
+            mac[2],
+            disks.join(", "),
         )
     }
 
@@ -246,7 +264,7 @@ pub fn initrd(cache: &Cache, image: &Image) -> Result<Initrd> {
         std::fs::read(&binary).with_context(|| format!("cannot read {}", binary.display()))?;
     let key = Key::new("guest-initrd")
         .with("init", &init)
-        .with("format", "1")
+        .with("format", "2")
         .with("image", &image.key)
         .finish();
     let dir = cache.artefact("guest-initrd", &key, |out| {
@@ -259,12 +277,7 @@ pub fn initrd(cache: &Cache, image: &Image) -> Result<Initrd> {
         // Called by the kernel when the toolstack asks for a shutdown.
         cpio.link("sbin/poweroff", "/init");
         for module in image.guest_modules()? {
-            let name = module
-                .file_name()
-                .and_then(|name| name.to_str())
-                .with_context(|| format!("{} has no usable name", module.display()))?;
-            let content = std::fs::read(&module)
-                .with_context(|| format!("cannot read {}", module.display()))?;
+            let (name, content) = plain_module(&module)?;
             cpio.file(&format!("modules/{name}"), false, &content);
         }
         std::fs::write(out.join("initrd"), cpio.finish()).context("cannot write the initrd")
@@ -273,6 +286,31 @@ pub fn initrd(cache: &Cache, image: &Image) -> Result<Initrd> {
         path: dir.join("initrd"),
         name: format!("initrd-{key}"),
     })
+}
+
+/// The name and content of a kernel module that needn't be unpacked any more: Debian
+/// compresses them from 13 on, and the guests' init hands them to the kernel as they
+/// are.
+fn plain_module(path: &Path) -> Result<(String, Vec<u8>)> {
+    let name = path
+        .file_name()
+        .and_then(|name| name.to_str())
+        .with_context(|| format!("{} has no usable name", path.display()))?;
+    let Some(plain) = name.strip_suffix(".xz") else {
+        let content =
+            std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+        return Ok((name.to_owned(), content));
+    };
+    let output = process::output(Command::new("xz").arg("-dc").arg(path))?;
+    if !output.status.success() {
+        bail!(
+            "{} can't be unpacked ({}): {}",
+            path.display(),
+            output.status,
+            String::from_utf8_lossy(&output.stderr)
+        );
+    }
+    Ok((plain.to_owned(), output.stdout))
 }
 
 /// The checkout that this program was started from.

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::apt::{self, Apt};
 use super::cache::{Cache, Key};
 use super::process;
+use crate::suite::Suite;
 
 const SCRIPT: &str = include_str!("../../scripts/rootfs.sh");
 const LIMIT: Duration = Duration::from_secs(3600);
@@ -33,13 +34,15 @@ const PACKAGES: &[&str] = &[
 ];
 
 /// Installed in the chroot, since their scripts want /proc and /dev.
-const XEN_PACKAGES: &[&str] = &[
-    "linux-image-amd64",
-    "xen-hypervisor-4.17-amd64",
-    "xen-utils-4.17",
-    "xen-utils-common",
-    "xenstore-utils",
-];
+fn xen_packages(suite: Suite) -> [String; 5] {
+    [
+        "linux-image-amd64".to_owned(),
+        format!("xen-hypervisor-{}-amd64", suite.xen()),
+        format!("xen-utils-{}", suite.xen()),
+        "xen-utils-common".to_owned(),
+        "xenstore-utils".to_owned(),
+    ]
+}
 
 /// A built dom0.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -52,14 +55,16 @@ pub struct Image {
 
 impl Image {
     /// Finds or builds the image of a suite.
-    pub fn get(cache: &Cache, apt: &Apt) -> Result<Self> {
+    pub fn get(cache: &Cache, apt: &Apt, suite: Suite) -> Result<Self> {
+        let xen_packages = xen_packages(suite);
+        let xen_packages: Vec<&str> = xen_packages.iter().map(String::as_str).collect();
         let ssh_key = ssh_key(cache)?;
         let public = ssh_key.with_extension("pub");
         let key = Key::new("dom0")
             .with("script", SCRIPT)
             .with("sources", apt.sources_list())
             .with("packages", PACKAGES.join(" "))
-            .with("versions", apt.candidates(XEN_PACKAGES)?)
+            .with("versions", apt.candidates(&xen_packages)?)
             .with(
                 "ssh key",
                 std::fs::read(&public)
@@ -77,10 +82,10 @@ impl Image {
                 Command::new("bash")
                     .args(["-c", SCRIPT])
                     .env("MIRROR", apt.mirror()?)
-                    .env("SUITE", apt.suite())
+                    .env("SUITE", suite.name())
                     .env("SOURCES", apt.sources_list())
                     .env("PACKAGES", PACKAGES.join(" "))
-                    .env("XEN_PACKAGES", XEN_PACKAGES.join(" "))
+                    .env("XEN_PACKAGES", xen_packages.join(" "))
                     .env("KEY_PUB", &public)
                     .env("OUT", out),
                 &out.join("build.log"),

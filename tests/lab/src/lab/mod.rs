@@ -46,6 +46,8 @@ use ssh::{Side, Ssh};
 use supervisor::Request;
 pub use supervisor::{supervise, Job, Phase, Status};
 
+use crate::suite::Suite;
+
 const UP_LIMIT: Duration = Duration::from_secs(400);
 /// More than the host itself gives a guest.
 const GUEST_LIMIT: Duration = Duration::from_secs(400);
@@ -65,6 +67,7 @@ const TOOLS: &[(&str, &str)] = &[
     ("flex", "flex"),
     ("bison", "bison"),
     ("bc", "bc"),
+    ("xz-utils", "xz"),
     ("python3", "/usr/bin/python3"),
 ];
 
@@ -98,10 +101,10 @@ struct Artefacts {
 impl Artefacts {
     fn get(cache: &Cache, shape: &Shape, refresh: bool) -> Result<Self> {
         apt::install(TOOLS)?;
-        let apt = apt::Apt::open(cache, &shape.suite, refresh)?;
-        let image = Image::get(cache, &apt)?;
+        let apt = apt::Apt::open(cache, shape.suite, refresh)?;
+        let image = Image::get(cache, &apt, shape.suite)?;
         let platform = Platform {
-            emulator: emulator::emulator(cache, &apt, shape.flavour)?,
+            emulator: emulator::emulator(cache, shape.flavour, refresh)?,
             xen: xen::hypervisor(cache, &apt, &image, shape.flavour)?,
             kernel: image.boot("vmlinuz"),
             initrd: image.boot("initrd.img"),
@@ -128,7 +131,7 @@ pub fn prepare(shape: &Shape, refresh: bool) -> Result<()> {
 }
 
 /// The unpacked source of the distribution's Xen; fetched when missing.
-pub fn xen_source(suite: &str) -> Result<PathBuf> {
+pub fn xen_source(suite: Suite) -> Result<PathBuf> {
     apt::install(&[("dpkg-dev", "dpkg-source")])?;
     let cache = Cache::open()?;
     let apt = apt::Apt::open(&cache, suite, false)?;
@@ -243,6 +246,11 @@ impl Lab {
             .await_ready()
             .map(Some),
         }
+    }
+
+    /// The suite of the hosts.
+    pub fn suite(&self) -> Suite {
+        self.status.shape.suite
     }
 
     /// How the lab is.

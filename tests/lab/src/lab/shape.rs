@@ -3,10 +3,10 @@
 use anyhow::{bail, Result};
 use serde::{Deserialize, Serialize};
 
+use crate::suite::Suite;
+
 /// Most hosts that one lab may have; each is an emulator of 3 GiB.
 const HOSTS_MAX: usize = 8;
-/// Suites whose Xen and kernel the lab has been seen to work with.
-const SUITES: &[&str] = &["bookworm"];
 
 /// Which combination of emulator and hypervisor runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -34,7 +34,7 @@ pub struct Shape {
     /// How many Xen hosts.
     pub hosts: usize,
     /// The Debian suite of the hosts.
-    pub suite: String,
+    pub suite: Suite,
     /// Emulator and hypervisor.
     pub flavour: Flavour,
 }
@@ -44,13 +44,6 @@ impl Shape {
     pub fn check(&self) -> Result<()> {
         if self.hosts == 0 || self.hosts > HOSTS_MAX {
             bail!("a lab has 1 to {HOSTS_MAX} hosts, not {}", self.hosts);
-        }
-        if !SUITES.contains(&self.suite.as_str()) {
-            bail!(
-                "the lab doesn't know the suite {}: it knows {}",
-                self.suite,
-                SUITES.join(", ")
-            );
         }
         Ok(())
     }
@@ -69,7 +62,7 @@ impl Default for Shape {
     fn default() -> Self {
         Shape {
             hosts: 1,
-            suite: "bookworm".to_owned(),
+            suite: Suite::default(),
             flavour: Flavour::Pv,
         }
     }
@@ -102,11 +95,6 @@ mod tests {
             };
             assert!(shape.check().is_err());
         }
-        let shape = Shape {
-            suite: "potato".to_owned(),
-            ..Shape::default()
-        };
-        assert!(shape.check().is_err());
     }
 
     #[test]

@@ -7,10 +7,10 @@ use std::time::Duration;
 
 use anyhow::{bail, Result};
 
-use super::Suite;
 use crate::lab::apt::{self, Apt};
 use crate::lab::cache::{Cache, Key};
 use crate::lab::process;
+use crate::suite::Suite;
 
 const MAKE: &str = include_str!("../../scripts/chroot.sh");
 const ENTER: &str = include_str!("../../scripts/in-chroot.sh");
@@ -21,13 +21,13 @@ pub struct Chroot(PathBuf);
 
 impl Chroot {
     /// Finds or makes it.
-    pub fn get(suite: &Suite, packages: &[&str]) -> Result<Self> {
+    pub fn get(suite: Suite, packages: &[&str]) -> Result<Self> {
         if !apt::is_root() {
             bail!("a chroot needs root: run this as root");
         }
         apt::install(&[("debootstrap", "debootstrap")])?;
         let cache = Cache::open()?;
-        let apt = Apt::open(&cache, suite.name, false)?;
+        let apt = Apt::open(&cache, suite, false)?;
         let key = Key::new("chroot")
             .with("script", MAKE)
             .with("sources", apt.sources_list())
@@ -37,7 +37,7 @@ impl Chroot {
             process::logged(
                 Command::new("bash")
                     .args(["-c", MAKE])
-                    .env("SUITE", suite.name)
+                    .env("SUITE", suite.name())
                     .env("MIRROR", apt.mirror()?)
                     .env("SOURCES", apt.sources_list())
                     .env("PACKAGES", packages.join(" "))
@@ -49,8 +49,31 @@ impl Chroot {
         Ok(Self(dir.join("root")))
     }
 
-    /// Runs a bash script there. Folders of this machine are at the places that
-    /// `binds` says, and stay changed.
+    /// A bash script to be run there. Folders of this machine are at the places
+    /// that `binds` says, and stay changed.
+    pub fn command(
+        &self,
+        binds: &[(&Path, &str)],
+        variables: &[(&str, &str)],
+        script: &str,
+    ) -> Command {
+        let binds = binds
+            .iter()
+            .map(|(from, to)| format!("{} {to}\n", from.display()));
+        let variables = variables
+            .iter()
+            .map(|(name, value)| format!("{name}={value}\n"));
+        let mut command = Command::new("unshare");
+        command
+            .args(["--mount", "--propagation", "private", "bash", "-c", ENTER])
+            .env("BASE", &self.0)
+            .env("BINDS", binds.collect::<String>())
+            .env("VARIABLES", variables.collect::<String>())
+            .env("INNER", script);
+        command
+    }
+
+    /// Runs a bash script there.
     pub fn run(
         &self,
         binds: &[(&Path, &str)],
@@ -58,21 +81,6 @@ impl Chroot {
         script: &str,
         log: &Path,
     ) -> Result<()> {
-        let binds = binds
-            .iter()
-            .map(|(from, to)| format!("{} {to}\n", from.display()));
-        let variables = variables
-            .iter()
-            .map(|(name, value)| format!("{name}={value}\n"));
-        process::logged(
-            Command::new("unshare")
-                .args(["--mount", "--propagation", "private", "bash", "-c", ENTER])
-                .env("BASE", &self.0)
-                .env("BINDS", binds.collect::<String>())
-                .env("VARIABLES", variables.collect::<String>())
-                .env("INNER", script),
-            log,
-            LIMIT,
-        )
+        process::logged(&mut self.command(binds, variables, script), log, LIMIT)
     }
 }

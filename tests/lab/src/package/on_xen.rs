@@ -7,34 +7,35 @@ use std::time::Duration;
 use anyhow::{ensure, Context, Result};
 use serde_json::Value;
 
-use super::{packages, Suite};
+use super::{folder, packages};
 use crate::lab::{Guest, Lab, Life, Shape};
+use crate::suite::Suite;
 
 /// Until restored members have passed the token again.
 const TURN: Duration = Duration::from_secs(5);
 /// What Xen's packages have, and what there is in their folders. What a lab's
 /// host has changed of Xen's configuration is its own matter.
-const STATE: &str = "dpkg -V xen-utils-4.17 xen-utils-common libxenmisc4.17 | grep -v ' /etc/'; \
-    find /usr/lib/xen-4.17 -type f -exec sha256sum {} + | sort -k 2; find /etc/xen | sort; \
+const STATE: &str = "dpkg -V xen-utils-$XEN xen-utils-common libxenmisc$XEN | grep -v ' /etc/'; \
+    find /usr/lib/xen-$XEN -type f -exec sha256sum {} + | sort -k 2; find /etc/xen | sort; \
     dpkg-divert --list '/usr/lib/xen*'";
 /// Notes what hooks are told.
 const HOOK: &str = "#!/bin/sh\necho $1 $VNE $VNE_RESULT >>/root/hooks.log\n";
 const HOOKS_HEARD: &str = "pre-take lab\npost-take lab ok\npre-restore lab\npost-restore lab ok\n";
 
 /// Tries the packages that lie in the suite's folder.
-pub fn check(suite: &Suite) -> Result<()> {
-    let built = packages(&suite.folder())?;
+pub fn check(suite: Suite) -> Result<()> {
+    let built = packages(&folder(suite))?;
     ensure!(
         !built.is_empty(),
-        "there are no packages: run `cargo xtask deb`"
+        "there are no packages of {suite}: run `cargo xtask deb --suite {suite}`"
     );
     let shape = Shape {
         hosts: 2,
-        suite: suite.name.to_owned(),
+        suite,
         ..Shape::default()
     };
     let lab = Lab::up(&shape, Life::Tied)?;
-    let before = [lab.run(0, STATE)?, lab.run(1, STATE)?];
+    let before = [state(&lab, 0)?, state(&lab, 1)?];
     for host in 0..2 {
         install(&lab, host, &built)?;
     }
@@ -44,13 +45,17 @@ pub fn check(suite: &Suite) -> Result<()> {
     shutdown_and_boot(&lab)?;
     for (host, before) in before.iter().enumerate() {
         purge(&lab, host)?;
-        let after = lab.run(host, STATE)?;
+        let after = state(&lab, host)?;
         ensure!(
             after == *before,
             "host {host} was\n{before}\nand is\n{after}"
         );
     }
     lab.down()
+}
+
+fn state(lab: &Lab, host: usize) -> Result<String> {
+    lab.run(host, &format!("XEN={}; {STATE}", lab.suite().xen()))
 }
 
 fn install(lab: &Lab, host: usize, built: &[PathBuf]) -> Result<()> {
@@ -176,9 +181,12 @@ fn shutdown_and_boot(lab: &Lab) -> Result<()> {
 }
 
 fn purge(lab: &Lab, host: usize) -> Result<()> {
-    let script = "xl destroy db 2>/dev/null; xl destroy web1 2>/dev/null; \
-                  rm /etc/xen/vne/*.cfg /etc/xen/vne-snapshot.d/10-log 2>/dev/null; set -e; \
-                  apt-get -q -y purge xen-vne-4.17 xen-vne-common 2>&1; \
-                  if pgrep -x vned; then exit 1; fi; xl list";
-    lab.run(host, script).map(drop)
+    let xen = lab.suite().xen();
+    let script = format!(
+        "xl destroy db 2>/dev/null; xl destroy web1 2>/dev/null; \
+         rm /etc/xen/vne/*.cfg /etc/xen/vne-snapshot.d/10-log 2>/dev/null; set -e; \
+         apt-get -q -y purge xen-vne-{xen} xen-vne-common 2>&1; \
+         if pgrep -x vned; then exit 1; fi; xl list"
+    );
+    lab.run(host, &script).map(drop)
 }

@@ -7,9 +7,10 @@ use std::process::{Command, ExitCode};
 use anyhow::{bail, ensure, Context, Result};
 
 use super::chroot::Chroot;
-use super::{build, on_xen, Suite, SUITES};
+use super::{build, on_xen, paths};
 use crate::lab::cache::{Cache, Key};
 use crate::lab::{self, process};
+use crate::suite::Suite;
 
 const PACKAGES: &str = include_str!("../../scripts/packages.sh");
 /// Which cargo-deny is installed where there is none.
@@ -17,22 +18,25 @@ const DENY_VERSION: &str = "0.20.2";
 
 /// Checks all of it; `suite` leaves the packages of others out, and without
 /// `lab` README's two commands aren't tried.
-pub fn check(suite: Option<&Suite>, lab: bool) -> Result<ExitCode> {
+pub fn check(suite: Option<Suite>, lab: bool) -> Result<ExitCode> {
     step("the changelog is current", changelog)?;
     step("licences", licences)?;
-    for one in SUITES {
-        if suite.is_some_and(|only| only.name != one.name) {
-            continue;
-        }
-        step(&format!("packages for {}", one.name), || packages(one))?;
+    let suites = || {
+        let all = Suite::ALL.iter().copied();
+        all.filter(|one| suite.is_none_or(|only| only == *one))
+    };
+    for one in suites() {
+        step(&format!("packages for {one}"), || packages(one))?;
     }
     if lab {
-        // The lab has no other suite's Xen yet.
-        let suite = Suite::named("bookworm")?;
-        step("packages on real Xen", || on_xen::check(suite))?;
+        for one in suites() {
+            step(&format!("packages for {one} on real Xen"), || {
+                on_xen::check(one)
+            })?;
+        }
         step("cargo xtask demo", crate::demo::run)?;
         println!("cargo xtask test ...");
-        return crate::test::run(None, false);
+        return crate::test::run(Suite::default(), None, false);
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -120,22 +124,23 @@ fn cargo_deny() -> Result<PathBuf> {
     Ok(dir.join("bin/cargo-deny"))
 }
 
-/// Builds them, and tries them in a Debian that has nothing else.
-fn packages(suite: &Suite) -> Result<()> {
+/// Builds them, looks into them, and tries them in a Debian that has nothing else.
+fn packages(suite: Suite) -> Result<()> {
     let built = build(suite)?;
     let Some(folder) = built.first().and_then(|package| package.parent()) else {
         bail!("no packages were built");
     };
+    paths::check(suite, &built)?;
     install(suite, folder)
 }
 
 /// Installs, upgrades, removes and purges what is in a folder.
-pub fn install(suite: &Suite, folder: &Path) -> Result<()> {
+pub fn install(suite: Suite, folder: &Path) -> Result<()> {
     let log = folder.join("install.log");
     fs::write(&log, "").context("cannot begin a log")?;
     let clean = Chroot::get(suite, &[])?;
     let binds = [(folder, "/packages")];
-    clean.run(&binds, &[("XEN", suite.xen)], PACKAGES, &log)?;
+    clean.run(&binds, &[("XEN", suite.xen())], PACKAGES, &log)?;
     let told = fs::read_to_string(&log).context("cannot read a log")?;
     for line in told.lines().filter(|line| line.starts_with("== ")) {
         println!("  {}", line.trim_start_matches("== "));
