@@ -73,24 +73,26 @@ fn one(vne: &Vne, victim: &str, phase: &str) -> Result<Duration> {
         let told = vne.sh("cat /tmp/killed.log").unwrap_or_default();
         error.context(format!("{victim} killed at {phase}: {told}"))
     };
-    let well = || -> Result<()> {
-        vne.no_hold()?;
-        vne.stations()?;
-        vne.all_run()
-    };
-    let took = loop {
-        let result = well();
-        let took = start.elapsed();
-        match result {
-            Ok(()) if took < LIMIT => break took,
-            Err(error) if took >= LIMIT => return Err(context(error)),
-            Ok(()) => {
-                let late = anyhow!("all is well only after {:.1} s", took.as_secs_f64());
-                return Err(context(late));
+    // One after the other: what is well stays so, which is looked at again below,
+    // and each look takes a good part of a second here.
+    let conditions: [(&str, &dyn Fn() -> Result<()>); 3] = [
+        ("no hold is left", &|| vne.no_hold()),
+        ("all answer", &|| vne.stations().map(drop)),
+        ("all run", &|| vne.all_run()),
+    ];
+    let mut told = String::new();
+    for (name, holds) in conditions {
+        while let Err(error) = holds() {
+            if start.elapsed() >= LIMIT {
+                return Err(context(error.context(told)));
             }
-            Err(_) => {}
         }
-    };
+        told.push_str(&format!("{name} after {:.1} s; ", start.elapsed().as_secs_f64()));
+    }
+    let took = start.elapsed();
+    if took >= LIMIT {
+        return Err(context(anyhow!("{told}that is too late")));
+    }
     vne.turning(GUARD_LIMIT)?;
     let listed = vne.listed()?;
     ensure!(

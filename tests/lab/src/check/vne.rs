@@ -361,7 +361,8 @@ impl Vne {
         self.each_host(|host| self.nothing_left_on(host))
     }
 
-    /// Nothing of a take or restore is left on a host.
+    /// Nothing of a take or restore is left on a host. vned has xl read the
+    /// configuration from time to time, which takes a moment and isn't of either.
     pub fn nothing_left_on(&self, host: usize) -> Result<()> {
         self.no_hold_on(host)?;
         self.silent(
@@ -369,7 +370,8 @@ impl Vne {
             "tc qdisc show | grep plug; \
              ls -A /var/run/xen/vne | grep -vE '^(register|vned[.](lock|sock))$'; \
              ls -A /var/lib/xen-vne/tmp 2>/dev/null; ls -A /var/lib/xen | grep -v '^userdata'; \
-             ps -eo args | grep -E '[v]ne-(worker|guard|save)|[l]ibxl-save-helper'; \
+             ps -eo etimes,args | grep -E '[v]ne-(worker|guard|save)|[l]ibxl-save-helper' | \
+             awk '$1 >= 5 || $0 !~ /vne-worker (describe|net-follow)/'; \
              xenstore-ls -f | grep -E 'control/shutdown = \"suspend\"'; true",
             "something is left",
         )

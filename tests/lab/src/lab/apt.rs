@@ -147,10 +147,14 @@ impl Apt {
     }
 
     fn unpack_source(&self, package: &str, version: &str, out: &Path) -> Result<()> {
-        // A folder of its own, so that an earlier failure leaves nothing here.
+        // An earlier version that failed may have left some of itself.
         let fetched = out.join("fetched");
-        if fetched.exists() {
-            fs::remove_dir_all(&fetched).context("cannot clear an earlier download")?;
+        let target = out.join(package);
+        for dir in [&fetched, &target] {
+            if dir.exists() {
+                fs::remove_dir_all(dir)
+                    .with_context(|| format!("cannot clear {}", dir.display()))?;
+            }
         }
         fs::create_dir(&fetched).context("cannot create a folder for a download")?;
         let log = out.join("fetch.log");
@@ -162,7 +166,6 @@ impl Apt {
             &log,
             INSTALL_LIMIT,
         );
-        let target = out.join(package);
         match (downloaded, file_ending(&fetched, ".dsc")?) {
             // apt has checked the signature already.
             (Ok(()), Some(dsc)) => process::logged(
@@ -258,9 +261,6 @@ fn unpack_without_dsc(fetched: &Path, target: &Path, log: &Path) -> Result<()> {
     let part = |end: &str| {
         file_ending(fetched, end)?.with_context(|| format!("apt fetched no file *{end} either"))
     };
-    if target.exists() {
-        fs::remove_dir_all(target).context("cannot clear an earlier source")?;
-    }
     fs::create_dir(target).context("cannot create the source's folder")?;
     let script = "tar -xf \"$1\" --strip-components=1 && tar -xf \"$2\" && \
                   sed 's/[[:space:]]*#.*//; /^$/d' debian/patches/series | \
@@ -279,6 +279,26 @@ fn unpack_without_dsc(fetched: &Path, target: &Path, log: &Path) -> Result<()> {
 /// Installs the packages of which a program or file is missing. Without the
 /// right to do it, says what to install.
 pub fn install(wanted: &[(&str, &str)]) -> Result<()> {
+    // A package from elsewhere, such as backports, may have to give way to another
+    // one's needs, and is then missing itself.
+    for _ in 0..2 {
+        let missing = missing(wanted);
+        if missing.is_empty() {
+            return Ok(());
+        }
+        install_all(&missing)?;
+    }
+    match missing(wanted).as_slice() {
+        [] => Ok(()),
+        left => bail!(
+            "{} were installed, and what they should bring isn't there",
+            left.join(" ")
+        ),
+    }
+}
+
+/// The packages of which a program or file is missing.
+fn missing<'a>(wanted: &[(&'a str, &str)]) -> Vec<&'a str> {
     let mut missing: Vec<&str> = wanted
         .iter()
         .filter(|(_, proof)| {
@@ -292,9 +312,10 @@ pub fn install(wanted: &[(&str, &str)]) -> Result<()> {
         .collect();
     missing.sort_unstable();
     missing.dedup();
-    if missing.is_empty() {
-        return Ok(());
-    }
+    missing
+}
+
+fn install_all(missing: &[&str]) -> Result<()> {
     let list = missing.join(" ");
     if !is_root() {
         bail!("these packages are missing: as root run `apt-get install {list}`");
@@ -312,7 +333,7 @@ pub fn install(wanted: &[(&str, &str)]) -> Result<()> {
         )
     };
     let mut arguments = vec!["install"];
-    arguments.extend(&missing);
+    arguments.extend(missing);
     if apt(&arguments).is_err() {
         // Most likely stale or missing lists.
         apt(&["update"])?;
