@@ -204,7 +204,11 @@ fn take_stdin() -> Result<UnixStream, Failure> {
     Ok(UnixStream::from(socket))
 }
 
-/// A signal or a hang-up that ends the take must not end its guard.
+/// In the way of the scheduler's `nice`: before all that a take does itself.
+const GUARD_NICE: i32 = -10;
+
+/// A signal or a hang-up that ends the take must not end its guard, nor may work that
+/// the take has left keep it from the processors.
 fn outlive_the_take() -> Result<(), Failure> {
     use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
     for signal in [SIGHUP, SIGINT, SIGTERM] {
@@ -212,6 +216,10 @@ fn outlive_the_take() -> Result<(), Failure> {
     }
     // Also not a 'killall xl'.
     rustix::thread::set_name(c"vne-guard")?;
+    if let Err(error) = rustix::process::setpriority_process(None, GUARD_NICE) {
+        // It's slower, then.
+        log::debug!("the guard's priority: {error}");
+    }
     let mut ready = std::io::stdout();
     ready.write_all(b"\n")?;
     ready.flush()?;

@@ -63,7 +63,12 @@ pub fn clean_up(xl: &Xl, program: &Program, orphan: Orphan) {
     // The network first: every other step may take a while.
     let stage = record.restore.map(|stage| outcome(&orphan, stage));
     must(remove_holds(record, stage.as_ref()).map_err(|error| sentence(&error)));
-    let patience = record.restore.map_or(WORKER_END_MAX, |_| BUILDER_END_MAX);
+    let patience = match record.restore {
+        Some(_) => BUILDER_END_MAX,
+        None if record.asked => WORKER_END_MAX,
+        // No cut is under way: they only keep others from the processors.
+        None => Duration::ZERO,
+    };
     must(end_processes(&record.workers, patience));
     match stage {
         None => {
