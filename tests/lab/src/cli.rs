@@ -39,6 +39,10 @@ enum Verb {
         /// Debian suite of the lab's hosts
         #[arg(long, value_enum, default_value_t, conflicts_with = "no_lab")]
         suite: Suite,
+        /// End within so many minutes: lab tests that would take longer, at the
+        /// machine's pace, are skipped
+        #[arg(long, conflicts_with = "no_lab")]
+        minutes: Option<u64>,
     },
     /// Run the cut protocol through everything that can go wrong
     Sim {
@@ -283,9 +287,15 @@ pub fn run() -> Result<ExitCode> {
             no_lab,
             full,
             suite,
+            minutes,
         } => {
             crate::scale::set_full(full);
-            crate::test::run(suite, lab.as_deref(), no_lab)
+            crate::test::run(crate::test::Request {
+                suite,
+                lab: lab.as_deref(),
+                no_lab,
+                minutes,
+            })
         }
         Verb::Sim {
             schedules,

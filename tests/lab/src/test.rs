@@ -1,28 +1,57 @@
 //! `cargo xtask test`: everything, in the order of how soon it tells.
 
 use std::process::{Command, ExitCode};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
-use crate::check::{self, Tally};
+use crate::check::{self, Clock, Tally};
 use crate::lab;
 use crate::product;
 use crate::suite::Suite;
 
-/// Runs the tests, those in the lab on hosts of a suite; `lab` chooses lab tests
-/// by name and leaves the rest out.
-pub fn run(suite: Suite, lab: Option<&str>, no_lab: bool) -> Result<ExitCode> {
+/// Which tests.
+#[derive(Clone, Copy, Default)]
+pub struct Request<'a> {
+    /// What hosts in the lab run.
+    pub suite: Suite,
+    /// Only lab tests, and of these the ones with such names.
+    pub lab: Option<&'a str>,
+    /// None in the lab.
+    pub no_lab: bool,
+    /// After how many minutes it's to be over: what can't be done by then is left out.
+    pub minutes: Option<u64>,
+}
+
+/// Runs the tests.
+pub fn run(request: Request<'_>) -> Result<ExitCode> {
+    let Request {
+        suite, lab, no_lab, ..
+    } = request;
+    let limit = request
+        .minutes
+        .map(|minutes| Duration::from_secs(60 * minutes));
+    let mut clock = Clock::new(limit.map(|limit| Instant::now() + limit));
     let mut tally = Tally::default();
     if lab.is_none() {
         without_xen(&mut tally)?;
     }
     if !no_lab {
         for group in check::GROUPS {
-            check::run(suite, group, lab.unwrap_or_default(), &mut tally)?;
+            check::run(
+                suite,
+                group,
+                lab.unwrap_or_default(),
+                &mut tally,
+                &mut clock,
+            )?;
         }
     }
-    println!("{} passed, {} failed", tally.passed, tally.failed);
+    let skipped = match tally.skipped {
+        0 => String::new(),
+        count => format!(", {count} skipped"),
+    };
+    println!("{} passed, {} failed{skipped}", tally.passed, tally.failed);
     Ok(match tally.failed {
         0 => ExitCode::SUCCESS,
         _ => ExitCode::FAILURE,

@@ -44,7 +44,7 @@ impl Cell {
 
 /// Of a take's downtime, in their order, as the manifest calls them; disks only where
 /// there are some.
-const PHASES: [(&str, &str); 5] = [
+pub(crate) const PHASES: [(&str, &str); 5] = [
     ("suspend_ns", "suspend"),
     ("last_pages_ns", "last pages"),
     ("device_state_ns", "device state"),

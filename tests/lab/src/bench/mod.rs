@@ -1,6 +1,6 @@
 //! `cargo xtask bench`: what the project claims, measured.
 
-mod downtime;
+pub(crate) mod downtime;
 pub(crate) mod figures;
 mod hosts;
 mod hover;

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{bail, ensure, Context, Result};
 use serde_json::Value;
 
+use super::pace;
 use super::vne::{number, Vne};
 use crate::lab::{self, Guest};
 use crate::product;
@@ -196,7 +197,10 @@ fn compared(vne: &Vne) -> Result<u64> {
         if now >= *first.get_or_insert(now) + 2 {
             return number(&told, "/writer/last");
         }
-        ensure!(start.elapsed() < COMPARED_MAX, "it doesn't go on: {told}");
+        ensure!(
+            start.elapsed() < pace::here(COMPARED_MAX),
+            "it doesn't go on: {told}"
+        );
         std::thread::sleep(Duration::from_millis(100));
     }
 }
@@ -207,7 +211,10 @@ fn beyond(vne: &Vne) -> Result<()> {
     let last = || number(&writer(vne)?, "/writer/last");
     let until = last()? + BEYOND;
     while last()? < until {
-        ensure!(start.elapsed() < COMPARED_MAX, "the guest doesn't write");
+        ensure!(
+            start.elapsed() < pace::here(COMPARED_MAX),
+            "the guest doesn't write"
+        );
         std::thread::sleep(Duration::from_millis(100));
     }
     Ok(())

@@ -3,14 +3,17 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{anyhow, ensure, Result};
+use anyhow::{anyhow, ensure, Context, Result};
 
+use super::pace;
 use super::vne::{Vne, NAME};
 
 /// Runs a take and kills one of its processes with -9 as soon as it says that
-/// a phase has begun. Doesn't wait for the take to end.
+/// a phase has begun. Doesn't wait for the take to end, but until no hold is left,
+/// all members answer and all run, and prints how long after the kill each was so:
+/// it looks from within dom0, as a look from outside takes a good part of a second.
 const KILL: &str = r#"
-victim=$1 phase=$2 log=/tmp/killed.log; rm -f /tmp/killed.*
+victim=$1 phase=$2 log=/tmp/killed.log; shift 2; rm -f /tmp/killed.*
 (xl vne-snapshot take lab & echo $! >/tmp/killed.pid; wait $!; echo $? >/tmp/killed.status) \
     </dev/null >$log 2>&1 &
 until pid=$(cat /tmp/killed.pid 2>/dev/null) && test "$pid"; do sleep 0.01; done
@@ -25,7 +28,21 @@ if test "$pattern"; then
     done
 fi
 until grep -q "^$phase$" $log; do kill -0 $pid 2>/dev/null || break; done
+start=${EPOCHREALTIME/[.,]/}
 kill -9 $target
+no_hold() { ! { ip -br link | grep 'vne[hp]'; nft list tables | grep -vE 'netdev (lab|cut)$'; }; }
+answer() { for ip; do vne-guest ask $ip || return; done; }
+run() {
+    test "$(pgrep -fc '/xl (create|restore) ')" = 4 &&
+        xl list | awk 'NR > 2 { n++ } NR > 2 && $5 ~ /[spcd]/ { n = 0; exit } END { exit n != 4 }'
+}
+for condition in no_hold answer run; do
+    until $condition "$@" >/dev/null 2>&1; do
+        test $((${EPOCHREALTIME/[.,]/} - start)) -lt 30000000 || break
+        sleep 0.02
+    done
+    echo "$condition" $(((${EPOCHREALTIME/[.,]/} - start) / 1000))
+done
 "#;
 
 /// The promise.
@@ -44,7 +61,7 @@ pub fn killed_at_each_phase(vne: &Vne) -> Result<String> {
     vne.remove_all()?;
     vne.sh(&format!("cat > /root/kill.sh <<'END'\n{KILL}\nEND"))?;
     let mut kills = 0;
-    let mut longest = Duration::ZERO;
+    let mut longest = (Duration::ZERO, String::new());
     for phase in PHASES {
         for victim in VICTIMS {
             if (victim, phase) == ("helper", "finalise") {
@@ -58,41 +75,35 @@ pub fn killed_at_each_phase(vne: &Vne) -> Result<String> {
     vne.remove_all()?;
     vne.no_violations()?;
     Ok(format!(
-        "  {kills} kills: {} at {}; all ran and talked after {:.1} s at most",
+        "  {kills} kills: {} at {}; all ran and talked after {:.1} s at most ({})",
         VICTIMS.join(", "),
         PHASES.join(", "),
-        longest.as_secs_f64()
+        longest.0.as_secs_f64(),
+        longest.1
     ))
 }
 
-/// Returns how long it took until all ran and talked.
-fn one(vne: &Vne, victim: &str, phase: &str) -> Result<Duration> {
-    vne.sh(&format!("bash /root/kill.sh {victim} {phase} 2>&1"))?;
+/// Returns how long it took until all ran and talked, and what came when.
+fn one(vne: &Vne, victim: &str, phase: &str) -> Result<(Duration, String)> {
+    let ips: Vec<&str> = vne.ring().iter().map(|member| member.ip).collect();
+    let kill = format!("bash /root/kill.sh {victim} {phase} {}", ips.join(" "));
+    let told = vne.sh(&kill)?;
     let start = Instant::now();
+    let told: Vec<&str> = told.split_ascii_whitespace().collect();
+    let took = told.last().copied();
+    let told = format!("{victim} killed at {phase}, ms: {}", told.join(" "));
     let context = |error: anyhow::Error| {
-        let told = vne.sh("cat /tmp/killed.log").unwrap_or_default();
-        error.context(format!("{victim} killed at {phase}: {told}"))
+        let log = vne.sh("cat /tmp/killed.log").unwrap_or_default();
+        error.context(format!("{told}; {log}"))
     };
-    // One after the other: what is well stays so, which is looked at again below,
-    // and each look takes a good part of a second here.
-    let conditions: [(&str, &dyn Fn() -> Result<()>); 3] = [
-        ("no hold is left", &|| vne.no_hold()),
-        ("all answer", &|| vne.stations().map(drop)),
-        ("all run", &|| vne.all_run()),
-    ];
-    let mut told = String::new();
-    for (name, holds) in conditions {
-        while let Err(error) = holds() {
-            if start.elapsed() >= LIMIT {
-                return Err(context(error.context(told)));
-            }
-        }
-        told.push_str(&format!("{name} after {:.1} s; ", start.elapsed().as_secs_f64()));
+    let took = took.and_then(|word| word.parse().ok());
+    let took = Duration::from_millis(took.context("no time").map_err(context)?);
+    if took >= pace::here(LIMIT) {
+        return Err(context(anyhow!("that is too late")));
     }
-    let took = start.elapsed();
-    if took >= LIMIT {
-        return Err(context(anyhow!("{told}that is too late")));
-    }
+    vne.no_hold()
+        .and_then(|()| vne.all_run())
+        .map_err(context)?;
     vne.turning(GUARD_LIMIT)?;
     let listed = vne.listed()?;
     ensure!(
@@ -102,7 +113,7 @@ fn one(vne: &Vne, victim: &str, phase: &str) -> Result<Duration> {
     // The guard stays for a while, should a guest that was asked to suspend
     // only do it now.
     while let Err(error) = vne.intact() {
-        if start.elapsed() > GUARD_LIMIT {
+        if start.elapsed() > pace::here(GUARD_LIMIT) {
             return Err(context(error));
         }
     }
@@ -111,7 +122,7 @@ fn one(vne: &Vne, victim: &str, phase: &str) -> Result<Duration> {
         status.trim() != "0",
         "{victim} at {phase}: the take ended well"
     );
-    Ok(took)
+    Ok((took, told))
 }
 
 /// Runs a restore and ends it with a signal when the first member is built.
@@ -135,7 +146,7 @@ pub fn restore_is_all_or_none(vne: &Vne) -> Result<String> {
         vne.sh(&format!("bash /root/end.sh {signal} 2>&1"))?;
         let start = Instant::now();
         while let Err(error) = vne.nothing_there() {
-            if start.elapsed() > RESTORE_LIMIT {
+            if start.elapsed() > pace::here(RESTORE_LIMIT) {
                 let log = vne.sh("cat /tmp/ended.log")?;
                 return Err(error.context(format!("a restore ended by SIG{signal}: {log}")));
             }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{bail, ensure, Context, Result};
 use serde_json::Value;
 
+use super::pace;
 use super::vne::{number, Vne, NAME};
 
 const PORT: &str = "10.77.0.1:7791";
@@ -99,7 +100,7 @@ impl<'a> Log<'a> {
             if let Some(line) = lines.find(|line| words.iter().all(|word| line.contains(word))) {
                 return Ok(line.trim().to_owned());
             }
-            if start.elapsed() > LOG_LIMIT {
+            if start.elapsed() > pace::here(LOG_LIMIT) {
                 bail!("{words:?} isn't in host0's log: {log}");
             }
         }
@@ -117,7 +118,7 @@ fn fails(vne: &Vne, line: &str, saying: &str) -> Result<String> {
         if let Some(found) = printed.lines().find(|line| line.contains(saying)) {
             return Ok(found.trim().to_owned());
         }
-        if start.elapsed() > LOG_LIMIT {
+        if start.elapsed() > pace::here(LOG_LIMIT) {
             bail!("`{line}` doesn't say {saying:?}: {printed}");
         }
     }
@@ -127,7 +128,7 @@ fn fails(vne: &Vne, line: &str, saying: &str) -> Result<String> {
 fn harmless(vne: &Vne) -> Result<()> {
     let start = Instant::now();
     while let Err(error) = vne.intact() {
-        ensure!(start.elapsed() < INTACT_LIMIT, error);
+        ensure!(start.elapsed() < pace::here(INTACT_LIMIT), error);
     }
     vne.turning(Duration::from_secs(15))?;
     vne.no_violations()
@@ -250,7 +251,7 @@ fn flood(vne: &Vne) -> Result<String> {
         let reached = vne.sh_on(1, "xl vne-snapshot peer test host0");
         match reached {
             Ok(_) if now.is_like(&before) => break now,
-            _ if start.elapsed() < SETTLED_LIMIT => {}
+            _ if start.elapsed() < pace::here(SETTLED_LIMIT) => {}
             Ok(_) => bail!("before the flood {before:?}, after it {now:?}"),
             Err(error) => return Err(error.context("peers can't come in after the flood")),
         }

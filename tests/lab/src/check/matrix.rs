@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context, Result};
 
+use super::pace;
 use super::peers;
 use super::vne::{Vne, NAME};
 use crate::lab::workspace;
@@ -217,7 +218,9 @@ fn one(vne: &Vne, fault: Fault, phase: &str) -> Result<String> {
         "rm -f /tmp/matrix.*; (setsid xl vne-snapshot take {NAME}; echo $? >/tmp/matrix.status) \
          </dev/null >/tmp/matrix.log 2>&1 &"
     ))?;
-    let fired = wait(TAKE_LIMIT, || vne.sh_on(host, "test -e /tmp/at.fired"));
+    let fired = wait(pace::here(TAKE_LIMIT), || {
+        vne.sh_on(host, "test -e /tmp/at.fired")
+    });
     fired.with_context(|| format!("it never came to {phase}: {}", log(vne)))?;
     let start = Instant::now();
     let gone = match fault {
@@ -228,13 +231,13 @@ fn one(vne: &Vne, fault: Fault, phase: &str) -> Result<String> {
         _ => None,
     };
     let alive: Vec<usize> = (0..2).filter(|host| Some(*host) != gone).collect();
-    wait(RUN_LIMIT, || {
+    wait(pace::here(RUN_LIMIT), || {
         alive.iter().try_for_each(|host| well(vne, *host))
     })
     .with_context(|| format!("not all run: {}", log(vne)))?;
     let ran = start.elapsed();
 
-    let over = wait(TAKE_LIMIT, || match gone {
+    let over = wait(pace::here(TAKE_LIMIT), || match gone {
         // With it the command is gone.
         Some(0) => Ok(String::new()),
         _ => vne.sh("cat /tmp/matrix.status"),
@@ -261,7 +264,7 @@ fn one(vne: &Vne, fault: Fault, phase: &str) -> Result<String> {
         come_back(vne, host)?;
         start = Instant::now();
     }
-    wait(CLEAN_LIMIT, || {
+    wait(pace::here(CLEAN_LIMIT), || {
         alive.iter().try_for_each(|host| clean(vne, *host))?;
         gone.map_or(Ok(()), |host| vne.nothing_left_on(host))
     })

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{ensure, Context, Result};
 use serde_json::Value;
 
+use super::pace;
 use super::vne::{number, Vne, NAME};
 
 /// How long a ring may need after a restore.
@@ -139,7 +140,7 @@ fn all_turn_on_the_first(vne: &Vne) -> Result<()> {
             break;
         }
         ensure!(
-            start.elapsed() < TURNING_MAX,
+            start.elapsed() < pace::here(TURNING_MAX),
             "the token doesn't go round: {stations:?}"
         );
     }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{ensure, Context, Result};
 use serde_json::Value;
 
+use super::pace;
 use super::peers;
 use super::vne::{number, Vne, NAME};
 use crate::lab::Guest;
@@ -123,7 +124,7 @@ fn interfaces(vne: &Vne, host: usize, of: &str) -> Result<Vec<String>> {
 /// Listens in both dom0s: guests hear each other, with full frames that mustn't be
 /// broken up, and no frame is seen on an interface of the other VNE. How many were.
 fn apart(vne: &Vne) -> Result<u64> {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + pace::here(PATIENCE);
     loop {
         match listen(vne) {
             Err(error) if Instant::now() > deadline => return Err(error),

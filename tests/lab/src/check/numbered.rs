@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{ensure, Context, Result};
 use serde_json::Value;
 
+use super::pace;
 use super::vne::{self, number, Member, Vne};
 use super::whole::recorded;
 use super::{across, peers};
@@ -88,7 +89,7 @@ fn received(vne: &Vne) -> Result<Vec<u64>> {
 /// Waits until each end has got so many more.
 fn talk(vne: &Vne, more: u64) -> Result<()> {
     let first = received(vne)?;
-    let until = Instant::now() + PATIENCE;
+    let until = Instant::now() + pace::here(PATIENCE);
     loop {
         let now = received(vne)?;
         if first

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use serde_json::Value;
 
+use super::pace;
 use super::vne::{Vne, NAME};
 
 /// Until a daemon that was started takes commands and peers.
@@ -51,7 +52,7 @@ pub fn reach(vne: &Vne, host: usize) -> Result<()> {
     loop {
         match vne.sh_on(host, "xl vne-snapshot peer test 2>&1") {
             Ok(_) => return Ok(()),
-            Err(error) if start.elapsed() > READY_LIMIT => return Err(error),
+            Err(error) if start.elapsed() > pace::here(READY_LIMIT) => return Err(error),
             Err(_) => {}
         }
     }

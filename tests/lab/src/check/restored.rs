@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context, Result};
 
+use super::pace;
 use super::vne::{Vne, NAME};
 
 /// Counts the holds that are there, until it's told to end. The most there were.
@@ -126,7 +127,7 @@ fn killed(vne: &Vne, host: usize, victim: &str, delay: &str) -> Result<(String, 
         vne.stations()
     };
     while let Err(error) = well() {
-        ensure!(start.elapsed() < LIMIT, "{error:#}");
+        ensure!(start.elapsed() < pace::here(LIMIT), "{error:#}");
         std::thread::sleep(Duration::from_millis(100));
     }
     vne.no_violations()?;

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{bail, ensure, Context, Result};
 use serde_json::Value;
 
+use super::pace;
 use super::peers;
 use crate::lab::{Guest, Lab};
 
@@ -123,6 +124,7 @@ impl Vne {
         for host in 0..placement.hosts {
             vne.configure(host)?;
         }
+        pace::measure(&vne.lab)?;
         if placement.hosts > 1 {
             peers::introduce(&vne)?;
         }
@@ -271,7 +273,7 @@ impl Vne {
         let before = self.received()?;
         while self.received()? < before + 1 {
             ensure!(
-                start.elapsed() < limit,
+                start.elapsed() < pace::here(limit),
                 "the token doesn't go round: {:?}",
                 self.stations()?
             );
@@ -371,7 +373,7 @@ impl Vne {
              ls -A /var/run/xen/vne | grep -vE '^(register|vned[.](lock|sock))$'; \
              ls -A /var/lib/xen-vne/tmp 2>/dev/null; ls -A /var/lib/xen | grep -v '^userdata'; \
              ps -eo etimes,args | grep -E '[v]ne-(worker|guard|save)|[l]ibxl-save-helper' | \
-             awk '$1 >= 5 || $0 !~ /vne-worker (describe|net-follow)/'; \
+             awk '$1 >= 5 || $0 !~ /vne-[w]orker (describe|net-follow)/'; \
              xenstore-ls -f | grep -E 'control/shutdown = \"suspend\"'; true",
             "something is left",
         )

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{bail, ensure, Result};
 use serde_json::Value;
 
+use super::pace;
 use super::vne::{number, Vne, NAME};
 use crate::scale;
 
@@ -122,7 +123,7 @@ pub fn restore(vne: &Vne, host: usize, snapshot: &str) -> Result<Restored> {
     let first = received(&vne.stations()?)?;
     // A second token, or a number from the future, is a violation at the first
     // station that it reaches.
-    let until = Instant::now() + Duration::from_secs(10);
+    let until = Instant::now() + pace::here(Duration::from_secs(10));
     loop {
         let stations = vne.stations()?;
         if received(&stations)? > first + 20 {

@@ -36,7 +36,7 @@ pub fn check(suite: Option<Suite>, lab: bool) -> Result<ExitCode> {
         }
         step("cargo xtask demo", crate::demo::run)?;
         println!("cargo xtask test ...");
-        return crate::test::run(Suite::default(), None, false);
+        return crate::test::run(crate::test::Request::default());
     }
     Ok(ExitCode::SUCCESS)
 }
