@@ -22,7 +22,7 @@ use crate::net::{self, Hold, HoldRecord, Nft, Player, Rtnl, BACKLOG_MAX};
 use crate::sentence::sentence;
 
 /// How long a front end may take to connect before the others go on without.
-pub const CONNECT_MAX: Duration = Duration::from_secs(10);
+pub const CONNECT_MAX: Duration = Duration::from_secs(20);
 /// The same where the guest may be using its emulated card instead: then this one
 /// never connects.
 const CONNECT_EMULATED_MAX: Duration = Duration::from_secs(3);
@@ -154,8 +154,10 @@ impl Held {
     /// interfaces aren't connected.
     pub fn wait_connected(&mut self, enough: impl FnMut() -> bool) -> Vec<String> {
         let late = self.await_front_ends(enough);
-        let places: Vec<(&str, Mac)> = self
-            .waited_for
+        let is_late = |one: &&WaitedFor| late.contains(&one.vif);
+        let (late, connected): (Vec<_>, Vec<_>) = self.waited_for.iter().partition(is_late);
+        // A bridge refuses to be told of a port that is down.
+        let places: Vec<(&str, Mac)> = connected
             .iter()
             .filter_map(|one| Some((one.vif.as_str(), one.mac?)))
             .collect();
@@ -163,16 +165,17 @@ impl Held {
             // They are found when they have sent something.
             log::warn!("{}", sentence(&error));
         }
-        late
+        let said = |one: &&WaitedFor| format!("{} of '{}'", one.vif, one.member);
+        late.iter().map(said).collect()
     }
 
+    /// The vifs of those that aren't connected in the end.
     fn await_front_ends(&mut self, mut enough: impl FnMut() -> bool) -> Vec<String> {
         let start = Instant::now();
         loop {
             let late = self.late(start.elapsed());
             if late.is_empty() || start.elapsed() > CONNECT_MAX || enough() {
-                let said = |one: &&WaitedFor| format!("{} of '{}'", one.vif, one.member);
-                return late.iter().map(said).collect();
+                return late.iter().map(|one| one.vif.clone()).collect();
             }
             std::thread::sleep(CONNECT_INTERVAL);
         }

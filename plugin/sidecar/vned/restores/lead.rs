@@ -32,10 +32,12 @@ const POLL: Duration = Duration::from_millis(150);
 /// How long the leader tries to reach a host that has yet to let its members
 /// run; that host asks by itself after this.
 const RELEASE_MAX: Duration = Duration::from_secs(20);
+/// How long members that run wait for a host that doesn't say that its own do, before
+/// they go on.
+const RUNNING_MAX: Duration = Duration::from_secs(12);
 /// How long the leader waits for all members to be connected, since all run: a bit
-/// longer than hosts do by themselves. And as long for a host that doesn't say
-/// that its members run, before those on other hosts go on.
-const CONNECTED_MAX: Duration = Duration::from_secs(12);
+/// longer than hosts do by themselves.
+const CONNECTED_MAX: Duration = Duration::from_secs(22);
 /// How often it asks for that. Frames wait.
 const CONNECTED_POLL: Duration = Duration::from_millis(30);
 /// How long it tries to tell hosts to let frames go; they do so by themselves
@@ -496,7 +498,7 @@ impl LeadRestore<'_> {
                 break;
             }
             // Those that run don't wait for one that isn't heard of.
-            if !flowing && start.elapsed() > CONNECTED_MAX {
+            if !flowing && start.elapsed() > RUNNING_MAX {
                 self.let_frames_go(parties, ticket);
                 flowing = true;
             }

@@ -29,7 +29,7 @@ use crate::sentence::sentence;
 /// waits for one that doesn't answer.
 const LEASE: Duration = Duration::from_secs(20);
 /// How long a host waits to be told, since its members run.
-const HOLD_MAX: Duration = Duration::from_secs(20);
+const HOLD_MAX: Duration = Duration::from_secs(30);
 /// How long what became of it is remembered.
 const REMEMBERED: Duration = Duration::from_secs(120);
 /// Restores that this host may be building at a time.
