@@ -180,7 +180,9 @@ pub fn full_disk(vne: &Vne) -> Result<String> {
         // Sparse at first: what it claims to have is taken away meanwhile.
         vne.sh("mount -o remount,size=600m /mnt/small")?;
         let (status, full) = vne.sh_fails(&format!(
-            "{take} & pid=$!; sleep 1.5; mount -o remount,size=40m /mnt/small || \
+            "{take} & pid=$!; \
+             until ls /mnt/small/tmp/*/* >/dev/null 2>&1; do kill -0 $pid || break; sleep 0.05; done; \
+             sleep 0.5; mount -o remount,size=40m /mnt/small || \
              fallocate -l 560m /mnt/small/ballast; wait $pid"
         ))?;
         ensure!(status == 1, "exit status {status}: {full}");

@@ -8,21 +8,25 @@ use anyhow::{ensure, Context, Result};
 use super::pace;
 use super::vne::{Vne, NAME};
 
-/// Counts the holds that are there, until it's told to end. The most there were.
+/// Has the kernel tell of holds that come and go. Looking again and again would take the
+/// processor that guests need to connect.
 const COUNT: &str = r#"
 rm -f /tmp/holds.*
-(
-    while test ! -e /tmp/holds.end; do
-        ip -br link | grep -c vneh
-        touch /tmp/holds.armed
-    done | sort -n | tail -n 1 >/tmp/holds.aside
-    mv /tmp/holds.aside /tmp/holds.most
-) </dev/null >/dev/null 2>&1 &
-until test -e /tmp/holds.armed; do sleep 0.05; done
+ip -o monitor link </dev/null >/tmp/holds.log 2>/dev/null &
+echo $! >/tmp/holds.pid
+until grep -q 'vneh-armed' /tmp/holds.log; do
+    ip link add vneh-armed type ifb; ip link del vneh-armed; sleep 0.1
+done
 "#;
 
-const COUNTED: &str =
-    "touch /tmp/holds.end; until test -e /tmp/holds.most; do sleep 0.05; done; cat /tmp/holds.most";
+/// The most there were at a time.
+const COUNTED: &str = r#"
+kill $(cat /tmp/holds.pid)
+grep -o '^.*vneh[^:@]*' /tmp/holds.log | grep -v vneh-armed | awk '
+    /^Deleted/ { if ($NF in there) { delete there[$NF]; n-- }; next }
+    !($NF in there) { there[$NF]; if (++n > most) most = n }
+    END { print most + 0 }'
+"#;
 
 /// Kills a process with -9 a moment after members were told to run, while their
 /// frames may wait.

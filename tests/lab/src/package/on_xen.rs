@@ -2,7 +2,7 @@
 //! steps, and then nothing of ours again.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context, Result};
 use serde_json::Value;
@@ -12,7 +12,8 @@ use crate::lab::{Guest, Lab, Life, Shape};
 use crate::suite::Suite;
 
 /// Until restored members have passed the token again.
-const TURN: Duration = Duration::from_secs(5);
+const TURN_MAX: Duration = Duration::from_secs(30);
+const LOOK_INTERVAL: Duration = Duration::from_millis(200);
 /// What Xen's packages have, and what there is in their folders. What a lab's
 /// host has changed of Xen's configuration is its own matter.
 const STATE: &str = "dpkg -V xen-utils-$XEN xen-utils-common libxenmisc$XEN | grep -v ' /etc/'; \
@@ -135,12 +136,14 @@ fn take_and_restore(lab: &Lab) -> Result<()> {
         .collect();
     ensure!(heard == HOOKS_HEARD, "the hooks heard:\n{heard}");
     let first = received(lab)?;
-    std::thread::sleep(TURN);
-    let then = received(lab)?;
-    ensure!(
-        then > first,
-        "the restored ring doesn't turn: {first}, {then}"
-    );
+    let start = Instant::now();
+    while received(lab)? <= first {
+        ensure!(
+            start.elapsed() < TURN_MAX,
+            "the restored ring doesn't turn: it has received {first}"
+        );
+        std::thread::sleep(LOOK_INTERVAL);
+    }
     Ok(())
 }
 
