@@ -93,6 +93,33 @@ impl Apt {
         Ok(lines)
     }
 
+    /// Has this machine, which is of this suite, the archive's version of a package.
+    pub fn upgrade(&self, package: &str) -> Result<()> {
+        let policy = process::capture(
+            self.command("apt-cache")
+                .args(["policy", package])
+                .env("LC_ALL", "C"),
+        )?;
+        let Some(version) = candidate(&policy, package) else {
+            bail!("{} has no package {package} that apt can see", self.suite);
+        };
+        if policy_value(&policy, package, "Installed: ").is_some_and(|now| now == version) {
+            return Ok(());
+        }
+        if !is_root() {
+            bail!("{package} isn't version {version}: as root run `apt-get update && apt-get install {package}`");
+        }
+        eprintln!("lab: upgrading {package} to {version}");
+        process::logged(
+            self.command("apt-get")
+                .args(["-q", "-y", "--no-install-recommends", "install"])
+                .arg(format!("{package}={version}"))
+                .env("DEBIAN_FRONTEND", "noninteractive"),
+            &self.dir.join("upgrade.log"),
+            INSTALL_LIMIT,
+        )
+    }
+
     /// The versions of a source package, the newest first.
     pub fn source_versions(&self, package: &str) -> Result<Vec<String>> {
         let text = process::capture(self.command("apt-cache").args(["showsrc", package]))?;
@@ -416,13 +443,17 @@ fn for_suite(found: &[(String, Archive)], suite: &str) -> Result<Vec<Archive>> {
 
 /// The candidate of one package in the output of `apt-cache policy`.
 fn candidate(policy: &str, package: &str) -> Option<String> {
+    policy_value(policy, package, "Candidate: ")
+}
+
+fn policy_value(policy: &str, package: &str, name: &str) -> Option<String> {
     let mut lines = policy
         .lines()
         .skip_while(|line| line.strip_suffix(':') != Some(package));
     lines.next()?;
     lines
         .take_while(|line| line.starts_with(' '))
-        .find_map(|line| line.trim_start().strip_prefix("Candidate: "))
+        .find_map(|line| line.trim_start().strip_prefix(name))
         .filter(|version| *version != "(none)")
         .map(str::to_owned)
 }

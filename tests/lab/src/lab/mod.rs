@@ -138,6 +138,13 @@ pub fn xen_source(suite: Suite) -> Result<PathBuf> {
     Ok(apt.source(&cache, "xen")?.0)
 }
 
+/// Has this machine, which is of this suite, the same libraries of Xen as a lab's
+/// hosts get: what is built with others is refused there.
+pub fn upgrade_xen(suite: Suite) -> Result<()> {
+    let apt = apt::Apt::open(&Cache::open()?, suite, false)?;
+    apt.upgrade("libxen-dev")
+}
+
 /// Ends the lab that's up, in whatever condition; says whether there was one.
 pub fn down() -> Result<bool> {
     end(&Cache::open()?.dir("run")?)

@@ -139,6 +139,7 @@ fn make(suite: Suite, out: &Path, source: &Path, xen: &Path, log: &Path) -> Resu
     // rustup's Rust isn't a package of this machine.
     let profile = if builder.is_here() {
         lab::install(TOOLS)?;
+        lab::upgrade_xen(suite)?;
         "-Ppkg.xl-vne.rustup"
     } else {
         ""
