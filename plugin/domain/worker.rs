@@ -35,6 +35,9 @@ use crate::stream::{Ingest, Page, PageType, Place, Sink, XcHeader};
 /// As much as an unprivileged pipe may hold: the helper rarely waits for us.
 const PIPE_BYTES: usize = 1 << 20;
 
+/// For how many last pages memory is made ready: 64 MiB.
+const READY_PAGES_MAX: u64 = 16_384;
+
 /// Where the programs of c-shim are.
 #[derive(Debug, Clone)]
 pub struct Helpers {
@@ -535,6 +538,11 @@ impl Asker {
             };
             if messages::send(&self.engine, &told).is_err() {
                 return Decision::Abort;
+            }
+            // What gets dirty until the guest stands still comes on top.
+            let final_pages = round.pages.saturating_mul(2);
+            if round.iteration > 0 && final_pages <= READY_PAGES_MAX {
+                self.last_pages.writer.expect_final(final_pages);
             }
         }
         let order = match step {

@@ -7,6 +7,9 @@ const BLOCK_PAGES: usize = 1024;
 
 /// A bounded set of pages in memory, each under a number and with the slot that
 /// an older version of it has in the file.
+///
+/// Memory that the kernel has yet to find costs more than what is copied into it, so
+/// it's made ready while the guest runs.
 #[derive(Debug)]
 pub(crate) struct HeldPages {
     blocks: Vec<Vec<u8>>,
@@ -26,6 +29,21 @@ impl HeldPages {
             free: Vec::new(),
             pages_max: (bytes_max / PAGE_SIZE).min(u32::MAX as usize),
             peak: 0,
+        }
+    }
+
+    /// Gets a bit nearer to having memory for so many pages, if that is within the
+    /// bound and there is any.
+    pub(crate) fn make_ready(&mut self, pages: usize) {
+        let first = self.blocks.len() * BLOCK_PAGES;
+        if first >= pages.min(self.pages_max) {
+            return;
+        }
+        if let Some(mut block) = new_block() {
+            let count = (self.pages_max - first).min(BLOCK_PAGES);
+            // Written, so that it's there.
+            block.resize(count * PAGE_SIZE, 0);
+            self.blocks.push(block);
         }
     }
 
@@ -54,14 +72,19 @@ impl HeldPages {
         if count >= self.pages_max {
             return None;
         }
-        if count % BLOCK_PAGES == 0 {
-            let mut block = Vec::new();
-            block.try_reserve_exact(BLOCK_PAGES * PAGE_SIZE).ok()?;
-            self.blocks.push(block);
+        let number = count as u32; // below pages_max
+        let (block, at) = place(number);
+        if block == self.blocks.len() {
+            self.blocks.push(new_block()?);
         }
-        self.blocks.last_mut()?.extend_from_slice(page);
+        let block = self.blocks.get_mut(block)?;
+        if at < block.len() {
+            self.replace(number, page);
+        } else {
+            block.extend_from_slice(page);
+        }
         self.slots.push(slot);
-        Some(count as u32) // below pages_max
+        Some(number)
     }
 
     /// A newer version of a page that is held.
@@ -91,6 +114,14 @@ impl HeldPages {
     }
 }
 
+fn new_block() -> Option<Vec<u8>> {
+    let mut block = Vec::new();
+    block
+        .try_reserve_exact(BLOCK_PAGES * PAGE_SIZE)
+        .ok()
+        .map(|()| block)
+}
+
 fn place(number: u32) -> (usize, usize) {
     let number = number as usize;
     (number / BLOCK_PAGES, number % BLOCK_PAGES * PAGE_SIZE)
@@ -116,8 +147,24 @@ mod tests {
     }
 
     #[test]
+    fn no_more_is_made_ready_than_the_bound() {
+        let mut held = HeldPages::new((BLOCK_PAGES + 2) * PAGE_SIZE);
+        for blocks in [1, 2, 2] {
+            held.make_ready(usize::MAX);
+            assert_eq!(held.blocks.len(), blocks);
+        }
+        for number in 0..BLOCK_PAGES as u32 + 2 {
+            assert_eq!(held.hold(&[7; PAGE_SIZE], None), Some(number));
+        }
+        assert_eq!(held.hold(&[7; PAGE_SIZE], None), None);
+        assert!(held.blocks.iter().flatten().all(|byte| *byte == 7));
+    }
+
+    #[test]
     fn pages_of_later_blocks_are_found() {
         let mut held = HeldPages::new(1 << 30);
+        // The first of them are there already.
+        held.make_ready(1);
         for number in 0..2 * BLOCK_PAGES as u32 + 1 {
             let page = [(number % 251) as u8; PAGE_SIZE];
             assert_eq!(held.hold(&page, Some(number)), Some(number));

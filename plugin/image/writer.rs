@@ -82,6 +82,8 @@ struct Shared {
     pages_received: AtomicU64,
     pages_final: AtomicU64,
     pages_spilled: AtomicU64,
+    /// How many are likely to be final.
+    pages_expected: AtomicU64,
 }
 
 impl MemberHandle {
@@ -95,6 +97,12 @@ impl MemberHandle {
         // First, so that nobody waits for the packer with the other lock.
         self.0.packer.begin();
         drop(self.0.lock_disk());
+    }
+
+    /// Says how many pages are likely to come after [`MemberHandle::enter_final`], so
+    /// that there is memory for them.
+    pub fn expect_final(&self, pages: u64) {
+        self.0.pages_expected.store(pages, Ordering::Relaxed);
     }
 
     /// Whether [`MemberHandle::enter_final`] was called.
@@ -202,6 +210,7 @@ impl MemberWriter {
             pages_received: AtomicU64::new(0),
             pages_final: AtomicU64::new(0),
             pages_spilled: AtomicU64::new(0),
+            pages_expected: AtomicU64::new(1),
         };
         Ok(MemberWriter {
             name: name.clone(),
@@ -435,6 +444,11 @@ impl Sink for MemberWriter {
 
     fn page(&mut self, pfn: u64, page_type: PageType, data: Option<&Page>) -> Result<()> {
         let shared = Arc::clone(&self.handle.0);
+        if !self.handle.is_final() {
+            let expected = shared.pages_expected.load(Ordering::Relaxed);
+            self.held
+                .make_ready(usize::try_from(expected).unwrap_or(usize::MAX));
+        }
         let disk = shared.lock_disk();
         let last = self.handle.is_final();
         // While the guest runs, enter_final waits until this page is dealt with.
