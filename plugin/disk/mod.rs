@@ -20,10 +20,11 @@
 //!
 //! Each driver is a file: `thin.rs` for volumes of LVM's thin pools, `thick.rs` for
 //! LVM's other ones, `reflink.rs` for raw files on xfs, btrfs and others that can share
-//! extents.
+//! extents, `qcow2.rs` for qemu's images there.
 
 pub mod exchange;
 mod lvm;
+mod qcow2;
 mod reflink;
 mod thick;
 mod thin;
@@ -112,6 +113,21 @@ pub struct Source<'a> {
     pub script: Option<&'a str>,
     /// Another domain serves it.
     pub elsewhere: bool,
+    /// The number of the domain that has it.
+    pub domid: u32,
+    /// That domain has emulated devices.
+    pub emulated: bool,
+}
+
+/// When a disk is captured: its guest waits.
+#[derive(Clone, Copy, Debug)]
+pub struct Moment<'a> {
+    /// The guest.
+    pub domid: u32,
+    /// A tool that may outlive this process has this open.
+    pub lock: &'a File,
+    /// When it must be over.
+    pub deadline: Instant,
 }
 
 /// What can be captured, and by whom.
@@ -145,13 +161,13 @@ pub trait Driver: Sync {
     /// name.
     fn name(&self) -> &'static str;
 
-    /// What `target` is, and its size in bytes; `None` if it's nothing for this
-    /// driver. Nothing is left of having looked.
+    /// What a disk's target, an absolute path, is, and its size in bytes; `None` if
+    /// it's nothing for this driver. Nothing is left of having looked.
     ///
     /// # Errors
     ///
     /// [`Error::Unfit`] if nobody else could take it either.
-    fn look(&self, target: &Path) -> Result<Option<(PathBuf, u64)>, Error>;
+    fn look(&self, source: &Source<'_>) -> Result<Option<(PathBuf, u64)>, Error>;
 
     /// Where something called `name` is kept for `origin`.
     fn place(&self, origin: &Path, name: &str) -> PathBuf;
@@ -159,9 +175,8 @@ pub trait Driver: Sync {
     /// Does beforehand what can be done beforehand.
     fn prepare(&self, piece: &Piece) -> Result<(), Error>;
 
-    /// Captures the disk as it is now; the guest waits. A tool that may outlive
-    /// this process has `lock` open.
-    fn capture(&self, piece: &Piece, lock: &File, deadline: Instant) -> Result<(), Error>;
+    /// Captures the disk as it is now.
+    fn capture(&self, piece: &Piece, now: &Moment<'_>) -> Result<(), Error>;
 
     /// Makes what was captured last.
     fn settle(&self, piece: &Piece) -> Result<(), Error>;
@@ -199,7 +214,9 @@ pub trait Driver: Sync {
     fn new_place(&self, piece: &Piece, name: &str) -> Result<PathBuf, Error>;
 }
 
-const DRIVERS: [&dyn Driver; 3] = [&thin::Thin, &thick::Thick, &reflink::Reflink];
+const DRIVERS: [&dyn Driver; 4] = [&thin::Thin, &thick::Thick, &reflink::Reflink, &qcow2::Qcow2];
+/// Those for raw disks, in the order of asking.
+const RAW: &[&dyn Driver] = &[&thin::Thin, &thick::Thick, &reflink::Reflink];
 
 /// Finds out who can capture a disk, and touches nothing.
 ///
@@ -215,19 +232,21 @@ pub fn look(source: &Source<'_>) -> Result<(Found, PathBuf, u64), Error> {
             "it's attached by the script {script}, which may mean anything by its target"
         ));
     }
-    if !matches!(source.format, "" | "raw") {
-        return unfit(&format!(
-            "its format is {}, and only raw disks are captured (convert it with 'qemu-img convert \
-             -O raw' to an LVM thin volume, or to a file on xfs or btrfs)",
-            source.format
-        ));
-    }
-    let target = Path::new(source.target);
-    if !target.is_absolute() {
+    let drivers: &[&dyn Driver] = match source.format {
+        "" | "raw" => RAW,
+        "qcow2" => &[&qcow2::Qcow2],
+        other => {
+            return unfit(&format!(
+                "its format is {other}, and only raw and qcow2 disks are captured (convert it with \
+                 'qemu-img convert -O raw' to an LVM thin volume, or to a file on xfs or btrfs)"
+            ));
+        }
+    };
+    if !Path::new(source.target).is_absolute() {
         return unfit("it isn't named by an absolute path");
     }
-    for driver in DRIVERS {
-        if let Some((origin, bytes)) = driver.look(target)? {
+    for &driver in drivers {
+        if let Some((origin, bytes)) = driver.look(source)? {
             return Ok((Found { driver }, origin, bytes));
         }
     }

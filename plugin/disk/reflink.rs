@@ -15,21 +15,25 @@
 //! At a restore the original itself is overwritten by a clone: it stays the same
 //! file, with its owner, its links and the loop devices on it.
 
-use std::fs::{DirBuilder, File, OpenOptions};
+use std::fs::{DirBuilder, File, Metadata, OpenOptions};
 use std::io::ErrorKind;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{ioctl_ficlone, OFlags};
 use rustix::io::Errno;
 
-use super::{remove_file, sync_parent, taken, unfit, Driver, Error, Piece};
+use super::{remove_file, sync_parent, taken, unfit, Driver, Error, Moment, Piece, Source};
 
 /// The folder of clones, beside the originals.
 const FOLDER: &str = ".vne-snapshots";
 /// The major number of loop devices.
 const LOOP_MAJOR: u32 = 7;
+/// How long what used a disk may take to close it. The qemu of a domain that was
+/// destroyed ends a bit later.
+const CLOSE_MAX: Duration = Duration::from_secs(3);
+const CLOSE_INTERVAL: Duration = Duration::from_millis(50);
 /// The end of a clone's name until it's whole.
 const HALF: &str = "half";
 
@@ -41,8 +45,8 @@ impl Driver for Reflink {
         "reflink"
     }
 
-    fn look(&self, target: &Path) -> Result<Option<(PathBuf, u64)>, Error> {
-        let Some(file) = backing_file(target)? else {
+    fn look(&self, source: &Source<'_>) -> Result<Option<(PathBuf, u64)>, Error> {
+        let Some(file) = backing_file(Path::new(source.target))? else {
             return Ok(None);
         };
         let source = File::open(&file).map_err(Error::io("open", &file))?;
@@ -76,7 +80,7 @@ impl Driver for Reflink {
         create(&piece.kept).map(drop)
     }
 
-    fn capture(&self, piece: &Piece, _lock: &File, _deadline: Instant) -> Result<(), Error> {
+    fn capture(&self, piece: &Piece, _now: &Moment<'_>) -> Result<(), Error> {
         let to = OpenOptions::new()
             .write(true)
             .open(&piece.kept)
@@ -111,15 +115,7 @@ impl Driver for Reflink {
     }
 
     fn check_origin(&self, piece: &Piece) -> Result<(), Error> {
-        let found = backing_file(&piece.target)?;
-        if found.as_ref() != Some(&piece.origin) {
-            return unfit(&format!(
-                "{} isn't {} any more, of which it was captured",
-                piece.target.display(),
-                piece.origin.display()
-            ));
-        }
-        refuse_used(&piece.target)?;
+        self.check_same(piece)?;
         let facts = std::fs::metadata(&piece.origin).map_err(Error::io("find", &piece.origin))?;
         if facts.len() == piece.bytes {
             return Ok(());
@@ -189,6 +185,21 @@ impl Driver for Reflink {
     }
 }
 
+impl Reflink {
+    /// Whether a disk's target still is what was captured, and nobody uses it.
+    pub(super) fn check_same(&self, piece: &Piece) -> Result<(), Error> {
+        let found = backing_file(&piece.target)?;
+        if found.as_ref() != Some(&piece.origin) {
+            return unfit(&format!(
+                "{} isn't {} any more, of which it was captured",
+                piece.target.display(),
+                piece.origin.display()
+            ));
+        }
+        refuse_used(&piece.target)
+    }
+}
+
 /// The file that holds a disk: itself, or what a loop device has all of.
 fn backing_file(target: &Path) -> Result<Option<PathBuf>, Error> {
     let real = std::fs::canonicalize(target).map_err(Error::io("find", target))?;
@@ -222,11 +233,21 @@ fn backing_file(target: &Path) -> Result<Option<PathBuf>, Error> {
         .map_err(Error::io("find", &file))
 }
 
-/// A loop device that is mounted, or some domain's, is nobody else's. Of a file that
-/// can't be told.
+/// A loop device that is mounted, or some domain's, is nobody else's; nor is a file that a
+/// process has open. What the kernel alone has open can't be told.
 fn refuse_used(target: &Path) -> Result<(), Error> {
     let facts = std::fs::metadata(target).map_err(Error::io("find", target))?;
     if !facts.file_type().is_block_device() {
+        let start = Instant::now();
+        while let Some(user) = user_of(&facts) {
+            if start.elapsed() > CLOSE_MAX {
+                return unfit(&format!(
+                    "{} is in use by process {user} (end it)",
+                    target.display()
+                ));
+            }
+            std::thread::sleep(CLOSE_INTERVAL);
+        }
         return Ok(());
     }
     let opened = OpenOptions::new()
@@ -241,6 +262,23 @@ fn refuse_used(target: &Path) -> Result<(), Error> {
         )),
         Err(error) => Err(Error::io("open", target)(error)),
     }
+}
+
+/// Some process, but this one, that has a file open.
+fn user_of(file: &Metadata) -> Option<u32> {
+    let numbered = |path: &Path| {
+        let entries = std::fs::read_dir(path).into_iter().flatten().flatten();
+        entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok())
+    };
+    let is_it = |facts: Metadata| (facts.dev(), facts.ino()) == (file.dev(), file.ino());
+    let me = std::process::id();
+    numbered(Path::new("/proc"))
+        .filter(|pid| *pid != me)
+        .find(|pid| {
+            // Processes end, and close files, meanwhile.
+            let open = PathBuf::from(format!("/proc/{pid}/fd"));
+            numbered(&open).any(|fd| std::fs::metadata(open.join(fd.to_string())).is_ok_and(is_it))
+        })
 }
 
 /// Makes the folder that a clone is in. One that is there already must be ours alone:
@@ -284,12 +322,19 @@ fn clone(from: &Path, to: &File) -> Result<(), Error> {
     }
 }
 
-/// Gives a file the contents of another one of the same size, durably.
+/// Gives a file the contents of another one, and its length, durably.
 fn overwrite(from: &Path, origin: &Path) -> Result<(), Error> {
     let to = OpenOptions::new()
         .write(true)
         .open(origin)
         .map_err(Error::io("open", origin))?;
+    // An image may have grown since, and a clone that ends within a block can't have
+    // anything behind it.
+    let facts = |path: &Path| std::fs::metadata(path).map_err(Error::io("look at", path));
+    let wanted = facts(from)?.len();
+    if facts(origin)?.len() > wanted {
+        to.set_len(wanted).map_err(Error::io("write", origin))?;
+    }
     clone(from, &to)?;
     to.sync_all().map_err(Error::io("sync", origin))
 }

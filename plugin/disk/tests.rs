@@ -16,7 +16,7 @@ const DISK_BYTES: usize = 3 << 20;
 const TAKE: u64 = 0x00c0_ffee;
 
 /// A mounted file system that can share extents.
-struct Mounted {
+pub(super) struct Mounted {
     dir: tempfile::TempDir,
 }
 
@@ -48,7 +48,7 @@ impl Mounted {
         Ok(mounted)
     }
 
-    fn path(&self) -> PathBuf {
+    pub(super) fn path(&self) -> PathBuf {
         self.dir.path().join("mnt")
     }
 
@@ -67,7 +67,7 @@ impl Drop for Mounted {
     }
 }
 
-fn on_each(test: impl Fn(&Mounted)) {
+pub(super) fn on_each(test: impl Fn(&Mounted)) {
     for kind in ["xfs", "btrfs"] {
         if let Some(mounted) = Mounted::new(kind) {
             test(&mounted);
@@ -82,6 +82,8 @@ fn source<'a>(target: &'a str, format: &'a str) -> Source<'a> {
         format,
         script: None,
         elsewhere: false,
+        domid: 1,
+        emulated: false,
     }
 }
 
@@ -97,9 +99,12 @@ fn captured(disk: &Path, dir: &Path) -> Piece {
     write_list(dir, std::slice::from_ref(&piece)).unwrap();
     let driver = piece.driver().unwrap();
     driver.prepare(&piece).unwrap();
-    let lock = File::open(dir).unwrap();
-    let deadline = Instant::now() + Duration::from_secs(10);
-    driver.capture(&piece, &lock, deadline).unwrap();
+    let now = Moment {
+        domid: 1,
+        lock: &File::open(dir).unwrap(),
+        deadline: Instant::now() + Duration::from_secs(10),
+    };
+    driver.capture(&piece, &now).unwrap();
     driver.settle(&piece).unwrap();
     piece
 }
@@ -237,7 +242,15 @@ fn a_file_system_without_reflinks_is_told_at_once() {
 #[test]
 fn what_isnt_raw_ours_or_named_whole_is_refused() {
     for (source, why) in [
-        (source("/web.qcow2", "qcow2"), "qemu-img convert"),
+        (source("/web.vhd", "vhd"), "qemu-img convert"),
+        (source("/web.qcow2", "qcow2"), "/web.qcow2"),
+        (
+            Source {
+                emulated: true,
+                ..source("/web.qcow2", "qcow2")
+            },
+            "other devices",
+        ),
         (source("web.img", "raw"), "absolute path"),
         (source("/no/such/disk", "raw"), "/no/such/disk"),
         (

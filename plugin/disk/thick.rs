@@ -16,10 +16,9 @@
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
-use std::time::Instant;
 
 use super::lvm::{self, Volume};
-use super::{taken, unfit, Driver, Error, Piece};
+use super::{taken, unfit, Driver, Error, Moment, Piece, Source};
 
 /// LVM's words for volumes that are a part of physical ones, and nothing more.
 const KINDS: [&str; 2] = ["linear", "striped"];
@@ -38,8 +37,8 @@ impl Driver for Thick {
         "lvm"
     }
 
-    fn look(&self, target: &Path) -> Result<Option<(PathBuf, u64)>, Error> {
-        let Some(volume) = lvm::volume_of(target)? else {
+    fn look(&self, source: &Source<'_>) -> Result<Option<(PathBuf, u64)>, Error> {
+        let Some(volume) = lvm::volume_of(Path::new(source.target))? else {
             return Ok(None);
         };
         if !KINDS.contains(&volume.kind.as_str()) {
@@ -68,7 +67,7 @@ impl Driver for Thick {
         create(&piece.kept, piece.bytes)
     }
 
-    fn capture(&self, piece: &Piece, lock: &File, deadline: Instant) -> Result<(), Error> {
+    fn capture(&self, piece: &Piece, now: &Moment<'_>) -> Result<(), Error> {
         let cow = cow(&piece.kept);
         let (_, name) = lvm::names(&cow)?;
         let origin = lvm::short(&piece.origin)?;
@@ -77,7 +76,7 @@ impl Driver for Thick {
             "lvcreate", "-qq", "-An", "--yes", "--addtag", TAG, "-s", "-L", &room, "-n", name,
             &origin,
         ];
-        lvm::run(&arguments, Some(lock), deadline).map(drop)
+        lvm::run(&arguments, Some(now.lock), now.deadline).map(drop)
     }
 
     fn settle(&self, piece: &Piece) -> Result<(), Error> {

@@ -11,12 +11,10 @@
 //! At a restore the volume gets another one under its name: a snapshot of the
 //! captured one, which can so be restored again.
 
-use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
 
 use super::lvm::{self, Volume};
-use super::{taken, unfit, Driver, Error, Piece};
+use super::{taken, unfit, Driver, Error, Moment, Piece, Source};
 
 /// LVM's word for volumes of thin pools.
 const KIND: &str = "thin";
@@ -31,8 +29,8 @@ impl Driver for Thin {
         "lvm-thin"
     }
 
-    fn look(&self, target: &Path) -> Result<Option<(PathBuf, u64)>, Error> {
-        match lvm::volume_of(target)? {
+    fn look(&self, source: &Source<'_>) -> Result<Option<(PathBuf, u64)>, Error> {
+        match lvm::volume_of(Path::new(source.target))? {
             Some(volume) if volume.kind == KIND => Ok(Some((volume.path, volume.bytes))),
             _ => Ok(None),
         }
@@ -47,13 +45,13 @@ impl Driver for Thin {
         refuse_there(&piece.kept)
     }
 
-    fn capture(&self, piece: &Piece, lock: &File, deadline: Instant) -> Result<(), Error> {
+    fn capture(&self, piece: &Piece, now: &Moment<'_>) -> Result<(), Error> {
         let (_, kept) = lvm::names(&piece.kept)?;
         let origin = lvm::short(&piece.origin)?;
         let arguments = [
             "lvcreate", "-qq", "-An", "--addtag", TAG, "-s", "-n", kept, &origin,
         ];
-        lvm::run(&arguments, Some(lock), deadline).map(drop)
+        lvm::run(&arguments, Some(now.lock), now.deadline).map(drop)
     }
 
     fn settle(&self, _piece: &Piece) -> Result<(), Error> {

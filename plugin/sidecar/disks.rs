@@ -10,10 +10,10 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::error::Error;
-use crate::disk::{self, Driver, Piece, Source};
+use crate::disk::{self, Driver, Moment, Piece, Source};
 use crate::domain::facts::Disk;
 use crate::domain::messages::{self, Command};
-use crate::domain::DomainFacts;
+use crate::domain::{DomainFacts, DomainKind};
 use crate::sentence::sentence;
 
 /// How long all disks of a member may take: less than its worker waits.
@@ -30,7 +30,7 @@ pub(super) fn plan(members: &[DomainFacts], take: u64) -> Result<Vec<Vec<Piece>>
     for member in members {
         let mut pieces = Vec::new();
         for disk in member.disks.iter().filter(|disk| disk.readwrite) {
-            let source = source(disk);
+            let source = source(member, disk);
             let refused = |why: String| {
                 Error::Failed(format!(
                     "member '{}' can write to {} ({}), which can't be captured: {why}; or take its \
@@ -53,13 +53,15 @@ pub(super) fn plan(members: &[DomainFacts], take: u64) -> Result<Vec<Vec<Piece>>
     Ok(planned)
 }
 
-fn source(disk: &Disk) -> Source<'_> {
+fn source<'a>(member: &DomainFacts, disk: &'a Disk) -> Source<'a> {
     Source {
         vdev: &disk.vdev,
         target: &disk.target,
         format: &disk.format,
         script: disk.script.as_deref(),
         elsewhere: disk.elsewhere,
+        domid: member.domid,
+        emulated: member.kind == DomainKind::Hvm,
     }
 }
 
@@ -80,14 +82,22 @@ pub(super) struct Capture {
 impl Capture {
     /// Captures `pieces` now, and tells the worker, which then sets the guest running.
     /// Tools that may outlive this process have `lock` open.
-    pub fn start(pieces: Vec<Piece>, lock: File, worker: UnixStream) -> std::io::Result<Self> {
+    pub fn start(
+        domid: u32,
+        pieces: Vec<Piece>,
+        lock: File,
+        worker: UnixStream,
+    ) -> std::io::Result<Self> {
         let (settle, go_on) = mpsc::channel();
         let thread = std::thread::Builder::new().name(String::from("disks"));
         let thread = thread.spawn(move || {
             let started = Instant::now();
-            let captured = each(&pieces, |driver, piece| {
-                driver.capture(piece, &lock, started + CAPTURE_MAX)
-            });
+            let now = Moment {
+                domid,
+                lock: &lock,
+                deadline: started + CAPTURE_MAX,
+            };
+            let captured = each(&pieces, |driver, piece| driver.capture(piece, &now));
             let failed = captured.is_err();
             // First of all: the guest waits.
             let why = captured.err();
@@ -160,14 +170,14 @@ mod tests {
     #[test]
     fn a_disk_that_nobody_can_capture_is_refused_with_the_reason_and_the_way_out(
     ) -> Result<(), String> {
-        let disk = r#"{"pdev_path":"/web.qcow2","vdev":"xvda","format":"qcow2","readwrite":1}"#;
+        let disk = r#"{"pdev_path":"/web.vhd","vdev":"xvda","format":"vhd","readwrite":1}"#;
         let told = plan(&[member("web", disk)?], 1).map_err(|error| error.to_string());
         let told = told.err().unwrap_or_default();
         for part in [
             "'web'",
             "xvda",
-            "/web.qcow2",
-            "qcow2",
+            "/web.vhd",
+            "format is vhd",
             "qemu-img",
             "--memory-only",
         ] {

@@ -447,7 +447,8 @@ impl Part {
         let snapshot = self.snapshot.as_ref().ok_or_else(lost)?;
         let worker = member.worker.socket();
         let worker = worker.map_err(Error::start("capture disks"))?;
-        let capture = Capture::start(member.disks.clone(), snapshot.lock()?, worker);
+        let domid = member.facts.as_ref().ok_or_else(lost)?.domid;
+        let capture = Capture::start(domid, member.disks.clone(), snapshot.lock()?, worker);
         member.capture = Some(capture.map_err(Error::start("capture disks"))?);
         Ok(())
     }

@@ -67,31 +67,44 @@ const WAYS: &[Way] = &[
         kept: "ls -A /mnt/disks/.vne-snapshots 2>/dev/null || true",
         undo: "losetup -d /dev/loop7; umount /mnt/disks; rm -f /var/tmp/xfs.img",
     },
+    Way {
+        driver: "qcow2",
+        disk: "/mnt/disks/web.qcow2,qcow2,xvda,w",
+        setup: "gunzip -kf /var/tmp/xfs.img.gz && modprobe xfs && mkdir -p /mnt/disks && \
+                mount -o loop /var/tmp/xfs.img /mnt/disks && \
+                gunzip -c /var/tmp/web.qcow2.gz >/mnt/disks/web.qcow2",
+        kept: "ls -A /mnt/disks/.vne-snapshots 2>/dev/null || true",
+        undo: "umount /mnt/disks; rm -f /var/tmp/xfs.img",
+    },
 ];
 
-/// Makes a file system that can share extents, and puts it into dom0, which hasn't
-/// got its tools.
-fn put_file_system(vne: &Vne) -> Result<()> {
-    lab::install(&[("xfsprogs", "mkfs.xfs")])?;
+/// Makes a file system that can share extents, and an image, and puts them into dom0,
+/// which hasn't got their tools.
+fn put_files(vne: &Vne) -> Result<()> {
+    lab::install(&[("xfsprogs", "mkfs.xfs"), ("qemu-utils", "qemu-img")])?;
     let folder = product::target(&lab::workspace()).join("disks");
     std::fs::create_dir_all(&folder).context("cannot make a folder for a file system")?;
-    let image = folder.join("xfs.img");
-    let file = std::fs::File::create(&image).context("cannot make a file system")?;
-    file.set_len(FILE_SYSTEM_BYTES)
-        .context("cannot make a file system")?;
-    for (program, arguments) in [("mkfs.xfs", ["-q", "-f"]), ("gzip", ["-1", "-f"])] {
-        let status = Command::new(program).args(arguments).arg(&image).status();
-        let status = status.with_context(|| format!("cannot run {program}"))?;
-        ensure!(status.success(), "{program}: {status}");
+    let script = format!(
+        "cd \"$1\"; rm -f xfs.img* web.qcow2*; truncate -s {FILE_SYSTEM_BYTES} xfs.img; \
+         mkfs.xfs -q xfs.img; qemu-img create -q -f qcow2 web.qcow2 16M; gzip -1 xfs.img web.qcow2"
+    );
+    let made = Command::new("bash")
+        .args(["-euc", &script, "bash"])
+        .arg(&folder)
+        .status();
+    let made = made.context("cannot run bash")?;
+    ensure!(made.success(), "cannot make a file system and an image");
+    for name in ["xfs.img.gz", "web.qcow2.gz"] {
+        vne.lab
+            .put(0, &folder.join(name), &format!("/var/tmp/{name}"))?;
     }
-    vne.lab
-        .put(0, &folder.join("xfs.img.gz"), "/var/tmp/xfs.img.gz")
+    Ok(())
 }
 
 /// Each driver: restores, a copy, a killed take, a removal; and the same without the
 /// capture, which must fail.
 pub fn agree_with_memory(vne: &Vne) -> Result<String> {
-    put_file_system(vne)?;
+    put_files(vne)?;
     // The VNE's own members would only make it slower.
     let members: Vec<&str> = vne.members_on(0).map(|member| member.name).collect();
     let each = |verb: &str| format!("for d in {}; do xl {verb} $d; done", members.join(" "));
@@ -244,7 +257,7 @@ fn copy(vne: &Vne, way: &Way, snapshot: &str) -> Result<()> {
     ensure!(said.trim() == "0", "the copy's disk: {said}");
     vne.sh(&format!(
         "xl destroy copy-{WRITER}; \
-        lvremove -qq -y vnetest/copy-web 2>/dev/null; rm -f /mnt/disks/copy-web.img"
+        lvremove -qq -y vnetest/copy-web 2>/dev/null; rm -f /mnt/disks/copy-*"
     ))
     .map(drop)
 }

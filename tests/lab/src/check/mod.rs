@@ -115,7 +115,7 @@ const PV: &[Check] = &[
     },
     Check {
         name: "disks_are_of_the_same_moment_as_memory_after_each_restore",
-        usual_s: 298,
+        usual_s: 400,
         run: disks::agree_with_memory,
     },
     Check {

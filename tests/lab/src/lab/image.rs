@@ -34,13 +34,14 @@ const PACKAGES: &[&str] = &[
 ];
 
 /// Installed in the chroot, since their scripts want /proc and /dev.
-fn xen_packages(suite: Suite) -> [String; 5] {
+fn xen_packages(suite: Suite) -> [String; 6] {
     [
         "linux-image-amd64".to_owned(),
         format!("xen-hypervisor-{}-amd64", suite.xen()),
         format!("xen-utils-{}", suite.xen()),
         "xen-utils-common".to_owned(),
         "xenstore-utils".to_owned(),
+        "qemu-system-xen".to_owned(),
     ]
 }
 
