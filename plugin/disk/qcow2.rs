@@ -34,6 +34,8 @@ const EXTERNAL_DATA: u64 = 1 << 2;
 
 /// How long qemu may take to say that it's there.
 const PATIENCE: Duration = Duration::from_secs(3);
+/// How long it may at least take to go on.
+const GO_ON_MAX: Duration = Duration::from_millis(500);
 /// The longest line that qemu may say.
 const LINE_BYTES_MAX: u64 = 1 << 20;
 
@@ -117,9 +119,11 @@ impl Driver for Qcow2 {
 
 /// Clones the image with nothing of it left in qemu's memory.
 fn clone_flushed(piece: &Piece, now: &Moment<'_>, mut qemu: Qmp) -> Result<(), Error> {
-    qemu.execute("stop")?;
-    let cloned = Reflink.capture(piece, now);
-    // Whatever came of it. A qemu that nobody has go on serves disks as well.
+    let stopped = qemu.execute("stop");
+    let cloned = stopped.and_then(|()| Reflink.capture(piece, now));
+    // Whatever came of it, and however late. A qemu that nobody has go on serves disks
+    // as well.
+    qemu.deadline = qemu.deadline.max(Instant::now() + GO_ON_MAX);
     let goes_on = qemu.execute("cont");
     cloned.and(goes_on)
 }
