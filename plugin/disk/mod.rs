@@ -161,6 +161,11 @@ pub trait Driver: Sync {
     /// name.
     fn name(&self) -> &'static str;
 
+    /// libxl's name of the format of the disks that it captures.
+    fn format(&self) -> &'static str {
+        "raw"
+    }
+
     /// What a disk's target, an absolute path, is, and its size in bytes; `None` if
     /// it's nothing for this driver. Nothing is left of having looked.
     ///
@@ -214,9 +219,8 @@ pub trait Driver: Sync {
     fn new_place(&self, piece: &Piece, name: &str) -> Result<PathBuf, Error>;
 }
 
+/// In the order of asking.
 const DRIVERS: [&dyn Driver; 4] = [&thin::Thin, &thick::Thick, &reflink::Reflink, &qcow2::Qcow2];
-/// Those for raw disks, in the order of asking.
-const RAW: &[&dyn Driver] = &[&thin::Thin, &thick::Thick, &reflink::Reflink];
 
 /// Finds out who can capture a disk, and touches nothing.
 ///
@@ -232,20 +236,21 @@ pub fn look(source: &Source<'_>) -> Result<(Found, PathBuf, u64), Error> {
             "it's attached by the script {script}, which may mean anything by its target"
         ));
     }
-    let drivers: &[&dyn Driver] = match source.format {
-        "" | "raw" => RAW,
-        "qcow2" => &[&qcow2::Qcow2],
-        other => {
-            return unfit(&format!(
-                "its format is {other}, and only raw and qcow2 disks are captured (convert it with \
-                 'qemu-img convert -O raw' to an LVM thin volume, or to a file on xfs or btrfs)"
-            ));
-        }
+    let format = match source.format {
+        "" => "raw",
+        named => named,
     };
+    if DRIVERS.iter().all(|driver| driver.format() != format) {
+        return unfit(&format!(
+            "its format is {format}, and only raw and qcow2 disks are captured (convert it with \
+             'qemu-img convert -O raw' to an LVM thin volume, or to a file on xfs or btrfs)"
+        ));
+    }
     if !Path::new(source.target).is_absolute() {
         return unfit("it isn't named by an absolute path");
     }
-    for &driver in drivers {
+    let fitting = |driver: &&dyn Driver| driver.format() == format;
+    for driver in DRIVERS.into_iter().filter(fitting) {
         if let Some((origin, bytes)) = driver.look(source)? {
             return Ok((Found { driver }, origin, bytes));
         }

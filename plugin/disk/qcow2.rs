@@ -47,6 +47,10 @@ impl Driver for Qcow2 {
         "qcow2"
     }
 
+    fn format(&self) -> &'static str {
+        "qcow2"
+    }
+
     fn look(&self, source: &Source<'_>) -> Result<Option<(PathBuf, u64)>, Error> {
         if source.emulated {
             return unfit(
