@@ -222,7 +222,7 @@ fn take_of(vne: &str, from: &Host, on: &Host) -> Fallible<String> {
         "members": [{"host": on.name, "name": "web"}],
         "label": null,
         "limits": {
-            "prepare_ns": 5 * s, "precopy_ns": s, "drain_ns": 0, "hold_ns": s,
+            "prepare_ns": 5 * s, "precopy_ns": s, "approach_ns": s, "drain_ns": 0, "hold_ns": s,
             "lease_ns": 20 * s, "repeat_ns": s / 5, "abort_ns": s,
         },
         "host_limits": {"hold_ns": s, "lease_ns": 20 * s, "ask_ns": s},

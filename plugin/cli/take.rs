@@ -34,6 +34,8 @@ const ABORT_S: u64 = 15;
 /// or from host to host through a few: that takes microseconds, and a busy host
 /// some milliseconds.
 const DRAIN_MS: u64 = 5;
+/// What is gained by approaching is less downtime: not worth more than this.
+const APPROACH_S: u64 = 3;
 const PRECOPY_MAX_S: u32 = 300;
 const LAST_COPY_MS: u32 = 50;
 /// 8 MiB: a 1 Gbit/s link at full speed for 64 ms.
@@ -287,6 +289,7 @@ fn request(
         limits: Limits {
             prepare_ns: seconds(PREPARE_S),
             precopy_ns: seconds(precopy_max.unwrap_or(PRECOPY_MAX_S).into()),
+            approach_ns: seconds(APPROACH_S),
             drain_ns: DRAIN_MS * 1_000_000,
             hold_ns: seconds(CUT_S),
             lease_ns: seconds(lease_s),

@@ -23,6 +23,8 @@ pub struct Limits {
     pub prepare_ns: u64,
     /// Until all members have converged.
     pub precopy_ns: u64,
+    /// How long members may take to come near: after that they are cut as they are.
+    pub approach_ns: u64,
     /// What the drain waits.
     pub drain_ns: u64,
     /// From the order to hold until all frames have been let go. Shorter than
@@ -229,6 +231,7 @@ impl Coordinator {
             }
             Reply::Working => return Vec::new(),
             Reply::Prepared => Phase::Prepare,
+            Reply::Near => Phase::Approach,
             Reply::Held => Phase::Hold,
             Reply::Cut => Phase::Cut,
             Reply::Released => Phase::Release,
@@ -259,6 +262,7 @@ impl Coordinator {
     fn all_answered(&mut self, now_ns: u64) -> Vec<Action> {
         match self.phase {
             Phase::Prepare => self.order(Phase::Precopy, now_ns, Some(self.limits.precopy_ns)),
+            Phase::Approach => self.order(Phase::Hold, now_ns, Some(self.limits.hold_ns)),
             Phase::Hold => {
                 // The limit runs on, from the order to hold.
                 self.phase = Phase::Drain;
@@ -291,9 +295,13 @@ impl Coordinator {
 
     fn precopied(&mut self, now_ns: u64) -> Vec<Action> {
         if self.hosts.iter().all(|host| host.converged) {
-            return self.order(Phase::Hold, now_ns, Some(self.limits.hold_ns));
+            return self.approach(now_ns);
         }
         Vec::new()
+    }
+
+    fn approach(&mut self, now_ns: u64) -> Vec<Action> {
+        self.order(Phase::Approach, now_ns, Some(self.limits.approach_ns))
     }
 
     fn tick(&mut self, now_ns: u64) -> Vec<Action> {
@@ -331,10 +339,12 @@ impl Coordinator {
     fn late(&mut self, now_ns: u64) -> Vec<Action> {
         match self.phase {
             Phase::Drain => self.order(Phase::Cut, now_ns, Some(self.limits.hold_ns)),
+            // It would have made the downtime shorter, and that's all.
+            Phase::Approach => self.order(Phase::Hold, now_ns, Some(self.limits.hold_ns)),
             Phase::Precopy => match self.on_divergence {
                 OnDivergence::Go => {
                     self.diverged = true;
-                    self.order(Phase::Hold, now_ns, Some(self.limits.hold_ns))
+                    self.approach(now_ns)
                 }
                 OnDivergence::Throttle if !self.throttling => {
                     self.throttling = true;
@@ -401,6 +411,7 @@ impl Coordinator {
             Phase::Precopy if self.throttling => Order::Throttle,
             // Nothing new to say, but it shows them that we live.
             Phase::Precopy => Order::Precopy,
+            Phase::Approach => Order::Approach,
             Phase::Hold | Phase::Drain => Order::Hold,
             Phase::Cut => Order::Cut,
             Phase::Release => Order::Release,

@@ -31,6 +31,8 @@ pub enum HostInput {
         /// Whether what is left is little enough.
         converged: bool,
     },
+    /// A member has sent what got dirty since, or can't get nearer.
+    Near(usize),
     /// All members' frames wait.
     Blocked,
     /// A member was cut: it's suspended, and what it had sent by then is counted.
@@ -65,6 +67,8 @@ pub enum HostAction {
     StartPrecopy,
     /// Slow down the members that haven't converged, more and more each time.
     Throttle,
+    /// Have all members send what got dirty: then [`HostInput::Near`] of each.
+    Approach,
     /// Block all holds: then [`HostInput::Blocked`].
     Block,
     /// Tell all members to suspend, save the rest and resume.
@@ -86,6 +90,7 @@ pub enum HostAction {
 #[derive(Debug, Clone, Copy, Default)]
 struct Member {
     converged: bool,
+    near: bool,
     cut: bool,
     runs: bool,
     stored: bool,
@@ -238,6 +243,13 @@ impl Host {
                 said
             }
             HostInput::Round { member, converged } => self.round(member, converged),
+            HostInput::Near(at) => match self.members.get_mut(at) {
+                Some(member) => {
+                    member.near = true;
+                    self.all_near()
+                }
+                None => self.no_such_member(),
+            },
             HostInput::Cut(at) => match self.members.get_mut(at) {
                 Some(member) => {
                     member.cut = true;
@@ -316,7 +328,8 @@ impl Host {
                 _ => vec![self.say(Reply::Working)],
             };
         }
-        let ready = self.done || self.phase == Phase::Precopy;
+        // These two last for as long as the coordinator wants.
+        let ready = self.done || matches!(self.phase, Phase::Precopy | Phase::Approach);
         if !ready || Some(asked) != next(self.phase) {
             return self.fail(format!(
                 "the order to {asked} came during {}, which isn't over",
@@ -336,6 +349,8 @@ impl Host {
                 vec![HostAction::StartPrecopy, self.say(Reply::Converged(true))]
             }
             Phase::Precopy => vec![HostAction::StartPrecopy],
+            Phase::Approach if nobody => self.confirm(Phase::Approach, Reply::Near),
+            Phase::Approach => vec![HostAction::Approach],
             Phase::Hold => {
                 self.hold_until_ns = Some(now_ns.saturating_add(self.limits.hold_ns));
                 if mutated!(self, SkipHold) {
@@ -379,6 +394,13 @@ impl Host {
 
     fn converged(&self) -> bool {
         self.members.iter().all(|member| member.converged)
+    }
+
+    fn all_near(&mut self) -> Vec<HostAction> {
+        if self.phase == Phase::Approach && !self.done && self.members.iter().all(|m| m.near) {
+            return self.confirm(Phase::Approach, Reply::Near);
+        }
+        Vec::new()
     }
 
     fn all_cut(&mut self) -> Vec<HostAction> {
@@ -495,6 +517,7 @@ fn phase_of(order: Order) -> Phase {
     match order {
         Order::Prepare => Phase::Prepare,
         Order::Precopy | Order::Throttle => Phase::Precopy,
+        Order::Approach => Phase::Approach,
         Order::Hold => Phase::Hold,
         Order::Cut => Phase::Cut,
         Order::Release => Phase::Release,
@@ -508,6 +531,7 @@ fn phase_of(order: Order) -> Phase {
 fn reply_of(order: Order) -> Option<Reply> {
     Some(match order {
         Order::Prepare => Reply::Prepared,
+        Order::Approach => Reply::Near,
         Order::Hold => Reply::Held,
         Order::Cut => Reply::Cut,
         Order::Release => Reply::Released,
@@ -522,7 +546,8 @@ fn reply_of(order: Order) -> Option<Reply> {
 fn next(phase: Phase) -> Option<Phase> {
     Some(match phase {
         Phase::Prepare => Phase::Precopy,
-        Phase::Precopy => Phase::Hold,
+        Phase::Precopy => Phase::Approach,
+        Phase::Approach => Phase::Hold,
         Phase::Hold => Phase::Cut,
         Phase::Cut => Phase::Release,
         Phase::Release => Phase::Finalise,

@@ -56,6 +56,8 @@ pub enum Order {
     Precopy,
     /// Slow down those members that haven't converged.
     Throttle,
+    /// Copy once more what got dirty since, right before the cut.
+    Approach,
     /// Hold the members' frames.
     Hold,
     /// Suspend, save and resume the members.
@@ -80,6 +82,8 @@ pub enum Reply {
     Working,
     /// Whether all members here have converged.
     Converged(bool),
+    /// Little is left to copy of the members here, or as little as there can be.
+    Near,
     /// No frame leaves a member.
     Held,
     /// All members here were cut and run again.

@@ -14,6 +14,8 @@
 //!  PRECOPY   ─ precopy ─► start ──────────────────────────► pre-copy, then hover
 //!            ◄─ converged, each time that it changes
 //!            ─ throttle ► (if some don't, and that was asked for) ► slow down
+//!  APPROACH  ─ approach ► ────────────────────────────────► copy what got dirty since
+//!            ◄─ near, unless that takes too long
 //!  HOLD      ─ hold ────► block all holds; the deadline runs
 //!            ◄─ held
 //!  DRAIN     (a pause: what was on its way arrives)
@@ -86,6 +88,8 @@ pub enum Phase {
     Prepare,
     /// Copying memory while the guests run.
     Precopy,
+    /// Copying what got dirty while members hovered.
+    Approach,
     /// Stopping the members' frames.
     Hold,
     /// Letting arrive what was already on its way.
@@ -123,6 +127,7 @@ impl std::fmt::Display for Phase {
         f.pad(match self {
             Self::Prepare => "prepare",
             Self::Precopy => "precopy",
+            Self::Approach => "approach",
             Self::Hold => "hold",
             Self::Drain => "drain",
             Self::Cut => "cut",

@@ -8,6 +8,7 @@ const SESSION: Session = Session(9);
 const LIMITS: Limits = Limits {
     prepare_ns: 100,
     precopy_ns: 1_000,
+    approach_ns: 300,
     drain_ns: 10,
     hold_ns: 50,
     lease_ns: 10_000,
@@ -47,6 +48,14 @@ fn host(until: Phase) -> Host {
     let way = [
         (Phase::Prepare, vec![HostInput::Armed]),
         (Phase::Precopy, vec![order(Order::Precopy)]),
+        (
+            Phase::Approach,
+            vec![
+                order(Order::Approach),
+                HostInput::Near(1),
+                HostInput::Near(0),
+            ],
+        ),
         (Phase::Hold, vec![order(Order::Hold), HostInput::Blocked]),
         (
             Phase::Cut,
@@ -132,10 +141,46 @@ fn a_repeated_order_is_answered_again_and_a_late_one_is_not() {
 fn an_order_that_skips_a_phase_is_refused() {
     let mut early = host(Phase::Precopy);
     assert!(fails(&early.handle(1, order(Order::Cut))));
-    let mut busy = host(Phase::Precopy);
+    let mut busy = host(Phase::Approach);
     assert_eq!(busy.handle(1, order(Order::Hold)), [HostAction::Block]);
     // Not blocked yet.
     assert!(fails(&busy.handle(1, order(Order::Cut))));
+}
+
+#[test]
+fn a_host_is_near_when_all_members_are_and_holds_even_if_they_are_not() {
+    let mut host = host(Phase::Precopy);
+    assert_eq!(
+        host.handle(1, order(Order::Approach)),
+        [HostAction::Approach]
+    );
+    assert_eq!(host.handle(1, HostInput::Near(1)), []);
+    assert_eq!(
+        host.handle(1, order(Order::Approach)),
+        [said(Reply::Working)]
+    );
+    let mut late = self::host(Phase::Precopy);
+    late.handle(1, order(Order::Approach));
+    assert_eq!(late.handle(1, order(Order::Hold)), [HostAction::Block]);
+    assert_eq!(late.handle(1, HostInput::Near(0)), []);
+    assert_eq!(late.handle(1, HostInput::Near(1)), []);
+    assert_eq!(host.handle(1, HostInput::Near(0)), [said(Reply::Near)]);
+    // It isn't held yet: the limit on that doesn't run.
+    assert!(host.deadline_ns() > Some(HOST_LIMITS.hold_ns + 1));
+}
+
+#[test]
+fn members_that_do_not_come_near_are_cut_as_they_are() {
+    let mut coordinator = coordinator(Phase::Approach);
+    coordinator.handle(2, Input::Heard(0, heard(Reply::Near)));
+    let told = coordinator.handle(1 + LIMITS.approach_ns, Input::Tick);
+    assert_eq!(orders(&told), [(0, Order::Hold), (1, Order::Hold)]);
+    // Late.
+    assert_eq!(
+        coordinator.handle(302, Input::Heard(1, heard(Reply::Near))),
+        []
+    );
+    assert_eq!(coordinator.phase(), Phase::Hold);
 }
 
 #[test]
@@ -220,6 +265,7 @@ fn coordinator(until: Phase) -> Coordinator {
     let replies = [
         Reply::Prepared,
         Reply::Converged(true),
+        Reply::Near,
         Reply::Held,
         Reply::Cut,
         Reply::Released,
@@ -247,6 +293,7 @@ fn every_host_is_waited_for_in_every_phase() {
     for (phase, reply) in [
         (Phase::Prepare, Reply::Prepared),
         (Phase::Precopy, Reply::Converged(true)),
+        (Phase::Approach, Reply::Near),
         (Phase::Hold, Reply::Held),
         (Phase::Cut, Reply::Cut),
         (Phase::Release, Reply::Released),
@@ -309,7 +356,7 @@ fn a_failure_anywhere_aborts_everywhere_once() {
 #[test]
 fn divergence_aborts_or_goes_as_asked() {
     for (choice, expected) in [
-        (OnDivergence::Go, Order::Hold),
+        (OnDivergence::Go, Order::Approach),
         (OnDivergence::Abort, Order::Abort),
     ] {
         let (mut coordinator, _) = Coordinator::begin(TAKE, &names(1), LIMITS, choice, 0);
@@ -343,6 +390,7 @@ fn a_host_without_members_waits_for_nobody() {
     let mut said = host.handle(1, HostInput::Armed);
     for (order, done) in [
         (Order::Precopy, None),
+        (Order::Approach, None),
         (Order::Hold, Some(HostInput::Blocked)),
         (Order::Cut, None),
         (Order::Release, Some(HostInput::Released)),
@@ -362,6 +410,7 @@ fn a_host_without_members_waits_for_nobody() {
     let expected = [
         Reply::Prepared,
         Reply::Converged(true),
+        Reply::Near,
         Reply::Held,
         Reply::Cut,
         Reply::Released,

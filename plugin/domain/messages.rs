@@ -37,6 +37,8 @@ pub enum Command {
         #[serde(default)]
         disks: bool,
     },
+    /// Send what got dirty since: the cut is about to come.
+    Approach,
     /// Suspend, save the rest, resume: now.
     Cut,
     /// The disks have been captured, so that the guest may run; or couldn't be.
@@ -74,6 +76,8 @@ pub enum Event {
         /// Whether what is left is within the policy's aim.
         converged: bool,
     },
+    /// After the order to approach: as little as there can be is left.
+    Near,
     /// The member stands still: its cut.
     Stopped(Stopped),
     /// It was saved and runs again.
@@ -96,7 +100,7 @@ pub struct CutTimes {
     pub suspended_ns: u64,
     /// Its last dirty page had been read.
     pub pages_done_ns: u64,
-    /// libxl had finished the stream, device state included.
+    /// All of it was in the stream, device state included.
     pub saved_ns: u64,
     /// Its disks had been captured; as `saved_ns` if it has none.
     #[serde(default)]

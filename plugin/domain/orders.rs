@@ -13,6 +13,7 @@ const DISKS_MAX: Duration = Duration::from_secs(8);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Order {
     Precopy,
+    Approach,
     Cut,
     /// The disks were captured, or couldn't be.
     Disks,
@@ -57,12 +58,12 @@ impl Orders {
         *self.lock()
     }
 
-    /// Waits until there is another order than `Precopy`, or until the time.
-    pub(super) fn wait_past_precopy(&self, until_ns: u64) -> Order {
+    /// Waits until there is another order than `order`, or until the time.
+    pub(super) fn wait_past(&self, order: Order, until_ns: u64) -> Order {
         let mut last = self.lock();
         loop {
             let left = until_ns.saturating_sub(now_ns());
-            if *last != Order::Precopy || left == 0 {
+            if *last != order || left == 0 {
                 return *last;
             }
             let waited = self.changed.wait_timeout(last, Duration::from_nanos(left));
@@ -108,7 +109,7 @@ impl Orders {
             .wait_timeout_while(last, DISKS_MAX, |last| *last < Order::Disks);
         let (last, _) = waited.unwrap_or_else(PoisonError::into_inner);
         match *last {
-            Order::Precopy | Order::Cut => Err(format!(
+            Order::Precopy | Order::Approach | Order::Cut => Err(format!(
                 "capturing its disks takes longer than {} s (are they, or dom0, very busy?)",
                 DISKS_MAX.as_secs()
             )),

@@ -6,6 +6,11 @@
 //! them, before it looks for new ones. Hovering is waiting at the second
 //! place: no page is in flight there, so a cut that comes meanwhile has only
 //! what the guest dirtied since the last look left to copy.
+//!
+//! A look costs the guest a lot: Xen has to see each page's next write again, and
+//! for PV guests throws all shadow page tables away (`sh_clean_dirty_bitmap`). So a
+//! member hovers with few looks, just enough to know that it stays converged, and
+//! makes those that shorten the cut when that is about to come: it approaches.
 
 use std::time::Duration;
 
@@ -17,9 +22,10 @@ pub struct PolicyConfig {
     /// A member has converged when copying what is dirty would take at most
     /// this long, in ns.
     pub last_copy_ns_max: u64,
-    /// Shortest time between two looks at the dirty pages while hovering, ns.
+    /// Shortest time from a round to the next look at the dirty pages while
+    /// hovering, in ns.
     pub hover_ns_min: u64,
-    /// Longest time between two looks, in ns.
+    /// Longest such time, in ns.
     pub hover_ns_max: u64,
 }
 
@@ -37,8 +43,8 @@ impl Default for PolicyConfig {
     fn default() -> Self {
         Self {
             last_copy_ns_max: 50_000_000,
-            hover_ns_min: 10_000_000,
-            hover_ns_max: 100_000_000,
+            hover_ns_min: 1_000_000_000,
+            hover_ns_max: 10_000_000_000,
         }
     }
 }
@@ -50,6 +56,10 @@ const SMALL: f64 = 0.1;
 /// A round that has more than this part of the last one's pages has settled:
 /// the guest dirties as fast as rounds follow each other.
 const SHRINKS: f64 = 0.7;
+/// A hovering member waits this many times as long as a look and its round take.
+const HOVER_PER_ROUND: u64 = 9;
+/// Rounds of an approach, at most: each has fewer pages than the one before.
+const APPROACH_ROUNDS_MAX: u32 = 4;
 
 /// What to do now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,6 +71,8 @@ pub enum Step {
         /// `CLOCK_MONOTONIC` time in ns.
         time_ns: u64,
     },
+    /// After [`Policy::approach`]: nothing is gained by another round.
+    Near,
 }
 
 /// One finished round.
@@ -85,8 +97,9 @@ pub struct Policy {
     sending: Option<(u32, u64, u64)>,
     per_page_ns: f64,
     last_pages: u64,
-    hover_ns: u64,
     converged: bool,
+    /// Rounds left to the approach.
+    approach: Option<u32>,
 }
 
 impl Policy {
@@ -97,8 +110,8 @@ impl Policy {
             sending: None,
             per_page_ns: 0.0,
             last_pages: 0,
-            hover_ns: config.hover_ns_max / 2,
             converged: false,
+            approach: None,
         }
     }
 
@@ -107,11 +120,14 @@ impl Policy {
         self.converged
     }
 
+    /// The cut is about to come. From the next round on it's [`Step::Continue`] until
+    /// it's [`Step::Near`].
+    pub fn approach(&mut self) {
+        self.approach.get_or_insert(APPROACH_ROUNDS_MAX);
+    }
+
     /// A round with `pages` dirty pages is about to be sent.
     pub fn round_begins(&mut self, iteration: u32, pages: u64, now_ns: u64) {
-        if iteration > 0 && pages > 0 {
-            self.adapt_hover(pages);
-        }
         self.sending = Some((iteration, pages, now_ns));
     }
 
@@ -126,15 +142,16 @@ impl Policy {
                 duration_ns: now_ns.saturating_sub(began_ns),
                 began_ns,
             });
+        let before = self.last_pages;
         if let Some(round) = round {
             self.learn(round);
         }
-        let step = if self.converged {
-            Step::WaitUntil {
-                time_ns: now_ns.saturating_add(self.hover_ns),
-            }
-        } else {
-            Step::Continue
+        let step = match (self.approach, round) {
+            (Some(left), Some(round)) => self.step_nearer(left, round, before),
+            (None, Some(round)) if self.converged => Step::WaitUntil {
+                time_ns: now_ns.saturating_add(self.hover_ns(round)),
+            },
+            _ => Step::Continue,
         };
         (round, step)
     }
@@ -149,34 +166,46 @@ impl Policy {
                 _ => per_page_ns.min(self.per_page_ns),
             };
         }
-        if round.iteration == 0 {
-            self.last_pages = round.pages;
-            return;
+        if round.iteration > 0 {
+            // While rounds still shrink a lot, the next one costs little and makes
+            // the downtime shorter; a member that has once converged only has to
+            // stay within the aim.
+            let settled =
+                self.converged || self.is_small(round) || !shrinks(round, self.last_pages);
+            let aim_ns = self.config.last_copy_ns_max as f64;
+            self.converged = self.copy_ns(round) <= aim_ns && settled;
         }
-        let copy_ns = round.pages as f64 * self.per_page_ns;
-        let aim_ns = self.config.last_copy_ns_max as f64;
-        // While rounds still shrink a lot, the next one costs little and makes
-        // the downtime shorter; a member that has once converged only has to
-        // stay within the aim.
-        let settled = self.converged
-            || copy_ns <= aim_ns * SMALL
-            || round.pages as f64 >= self.last_pages as f64 * SHRINKS;
-        self.converged = copy_ns <= aim_ns && settled;
         self.last_pages = round.pages;
     }
 
-    /// Each look re-arms dirty logging, which costs the guest time: look
-    /// rarely while little gets dirty, often while much does.
-    fn adapt_hover(&mut self, pages: u64) {
-        if !self.converged {
-            return;
-        }
-        let copy_ns = pages as f64 * self.per_page_ns;
-        let aim_ns = self.config.last_copy_ns_max as f64 * SMALL;
-        let factor = (aim_ns / copy_ns.max(1.0)).clamp(0.5, 2.0);
-        let next = (self.hover_ns as f64 * factor) as u64;
-        self.hover_ns = next.clamp(self.config.hover_ns_min, self.config.hover_ns_max);
+    fn copy_ns(&self, round: Round) -> f64 {
+        round.pages as f64 * self.per_page_ns
     }
+
+    fn is_small(&self, round: Round) -> bool {
+        self.copy_ns(round) <= self.config.last_copy_ns_max as f64 * SMALL
+    }
+
+    fn hover_ns(&self, round: Round) -> u64 {
+        let share = round.duration_ns.saturating_mul(HOVER_PER_ROUND);
+        share.clamp(self.config.hover_ns_min, self.config.hover_ns_max)
+    }
+
+    /// The first round of an approach has what got dirty in all of the last wait: how
+    /// it compares with the one before that wait says nothing.
+    fn step_nearer(&mut self, left: u32, round: Round, before: u64) -> Step {
+        self.approach = Some(left.saturating_sub(1));
+        let first = left == APPROACH_ROUNDS_MAX;
+        if left <= 1 || self.is_small(round) || (!first && !shrinks(round, before)) {
+            return Step::Near;
+        }
+        Step::Continue
+    }
+}
+
+/// Whether a round is a lot smaller than the one before.
+fn shrinks(round: Round, before: u64) -> bool {
+    (round.pages as f64) < before as f64 * SHRINKS
 }
 
 /// The policy's config in the units of the command line.
@@ -255,19 +284,61 @@ mod tests {
         assert!(policy.converged());
     }
 
+    /// Converged at once, as all rounds are alike.
+    fn hovering(now: &mut u64, pages: u64) -> Policy {
+        let mut policy = Policy::new(PolicyConfig::default());
+        round(&mut policy, now, 0, 65_536);
+        round(&mut policy, now, 1, pages);
+        round(&mut policy, now, 2, pages);
+        assert!(policy.converged());
+        policy
+    }
+
     #[test]
-    fn hover_interval_stays_in_its_bounds() {
-        let config = PolicyConfig::default();
-        let mut policy = Policy::new(config);
+    fn looks_while_hovering_take_a_tenth_of_the_time_at_most() {
         let mut now = 0;
-        round(&mut policy, &mut now, 0, 65_536);
-        for (pages, bound) in [(4_000, config.hover_ns_min), (1, config.hover_ns_max)] {
-            for iteration in 1..20 {
-                round(&mut policy, &mut now, iteration, pages);
-            }
-            let before = now;
-            round(&mut policy, &mut now, 20, pages);
-            assert_eq!(now - before - pages * 10_000, bound, "{} ms", bound / MS);
+        let mut policy = hovering(&mut now, 1);
+        let config = PolicyConfig::default();
+        for (pages, waits_ns) in [
+            (1, config.hover_ns_min),
+            // Slower than it was ever seen before, so that it stays converged.
+            (2, 9 * 300 * MS),
+            (3, config.hover_ns_max),
+        ] {
+            let took_ns = [0, MS, 300 * MS, 60_000 * MS][pages as usize];
+            policy.round_begins(3, pages, now);
+            now += took_ns;
+            let (_, step) = policy.round_ends(now);
+            let time_ns = now + waits_ns;
+            assert_eq!(step, Step::WaitUntil { time_ns });
+            now = time_ns;
         }
+    }
+
+    #[test]
+    fn approaches_in_one_round_when_little_is_left() {
+        let mut now = 0;
+        let mut policy = hovering(&mut now, 1);
+        policy.approach();
+        assert_eq!(round(&mut policy, &mut now, 3, 100), Step::Near);
+    }
+
+    #[test]
+    fn approaches_for_as_long_as_rounds_shrink_and_not_for_ever() {
+        let rounds = |of: &[u64]| {
+            let mut now = 0;
+            let mut policy = hovering(&mut now, 3_000);
+            policy.approach();
+            let steps = of.iter().map(|pages| {
+                // Ordered again: nothing changes.
+                policy.approach();
+                round(&mut policy, &mut now, 3, *pages)
+            });
+            steps.take_while(|step| *step == Step::Continue).count() + 1
+        };
+        // The first one may be as large as those before.
+        assert_eq!(rounds(&[3_000, 1_000, 900, 1]), 3);
+        assert_eq!(rounds(&[3_000, 3_000, 1]), 2);
+        assert_eq!(rounds(&[20_000, 10_000, 5_000, 2_500, 1_200]), 4);
     }
 }

@@ -171,6 +171,7 @@ fn prepare_and_capture(
 fn follow_orders(mut orders_in: BufReader<UnixStream>, orders: Arc<Orders>) {
     std::thread::spawn(move || loop {
         match messages::receive(&mut orders_in) {
+            Ok(Some(Command::Approach)) => orders.advance(Order::Approach),
             Ok(Some(Command::Cut)) => orders.advance(Order::Cut),
             Ok(Some(Command::Disks { why })) => orders.disks(Order::Disks, why),
             Ok(Some(Command::Settled { why })) => orders.disks(Order::Settled, why),
@@ -545,12 +546,20 @@ impl Asker {
                 self.last_pages.writer.expect_final(final_pages);
             }
         }
-        let order = match step {
-            Step::Continue => self.orders.now(),
-            Step::WaitUntil { time_ns } => self.orders.wait_past_precopy(time_ns),
+        let mut order = match step {
+            Step::WaitUntil { time_ns } => self.orders.wait_past(Order::Precopy, time_ns),
+            Step::Continue | Step::Near => self.orders.now(),
         };
+        if order == Order::Approach && step == Step::Near {
+            if messages::send(&self.engine, &Event::Near).is_err() {
+                return Decision::Abort;
+            }
+            order = self.orders.wait_past(Order::Approach, u64::MAX);
+        } else if order == Order::Approach {
+            self.policy.approach();
+        }
         match order {
-            Order::Precopy => Decision::Continue,
+            Order::Precopy | Order::Approach => Decision::Continue,
             Order::Cut => Decision::StopAndCopy,
             // The others can't come before a cut.
             Order::Disks | Order::Finalise | Order::Settled | Order::Abort => Decision::Abort,

@@ -283,7 +283,9 @@ impl Acting<'_> {
                 times: *times,
             },
             Event::Stored(_) => News::Stored { take, member },
-            Event::Prepared { .. } | Event::Stopped(_) | Event::Failed { .. } => return,
+            Event::Prepared { .. } | Event::Near | Event::Stopped(_) | Event::Failed { .. } => {
+                return
+            }
         };
         (self.say)(news);
     }

@@ -266,6 +266,7 @@ impl Part {
                     converged,
                 })
             }
+            Event::Near => Some(HostInput::Near(index)),
             Event::Stopped(stopped) => {
                 member.stopped = Some(stopped);
                 match self.capture_disks(index) {
@@ -316,6 +317,10 @@ impl Part {
             HostAction::Say(_) | HostAction::Arm | HostAction::Throttle => Ok(None),
             HostAction::StartPrecopy => {
                 self.start_precopy()?;
+                Ok(None)
+            }
+            HostAction::Approach => {
+                self.tell_all(&Command::Approach);
                 Ok(None)
             }
             HostAction::Block => {

@@ -22,6 +22,7 @@ use crate::schedule::MS;
 const LIMITS: Limits = Limits {
     prepare_ns: 30_000 * MS,
     precopy_ns: 300_000 * MS,
+    approach_ns: 3_000 * MS,
     drain_ns: 5 * MS,
     hold_ns: 10_000 * MS,
     lease_ns: 20_000 * MS,
@@ -323,6 +324,11 @@ impl Run {
                         let converged = true;
                         let round = HostInput::Round { member, converged };
                         self.at(at_ns, Event::Step(host, round));
+                    }
+                }
+                HostAction::Approach => {
+                    for member in 0..members {
+                        self.at(now_ns, Event::Step(host, HostInput::Near(member)));
                     }
                 }
                 HostAction::Block => {

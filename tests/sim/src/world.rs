@@ -18,6 +18,7 @@ use crate::schedule::{Fault, Schedule, MS};
 const LIMITS: Limits = Limits {
     prepare_ns: 2_000 * MS,
     precopy_ns: 1_500 * MS,
+    approach_ns: 100 * MS,
     drain_ns: 5 * MS,
     hold_ns: 600 * MS,
     lease_ns: 900 * MS,
@@ -644,6 +645,15 @@ impl World {
                 }
                 HostAction::Arm => self.after(MS, 60 * MS, step(Step::Lock)),
                 HostAction::StartPrecopy => self.start_precopy(node, epoch, take, session),
+                HostAction::Approach => {
+                    for (at, _) in self.members_of(node).enumerate() {
+                        if self.one_in_a_thousand(failing) {
+                            // Takes too long.
+                            continue;
+                        }
+                        self.after(5 * MS, 60 * MS, step(Step::Tell(HostInput::Near(at))));
+                    }
+                }
                 HostAction::Block if self.one_in_a_thousand(failing) => {
                     self.after(MS / 10, MS, fails("netlink"));
                 }
