@@ -21,6 +21,7 @@ mod orders;
 pub mod policy;
 mod policy_wire;
 pub mod recover;
+mod restart;
 pub mod worker;
 pub mod xl;
 

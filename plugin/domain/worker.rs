@@ -14,7 +14,6 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::JoinHandle;
 
 use rustix::pipe::PipeFlags;
 
@@ -24,16 +23,20 @@ use super::orders::{Order, Orders};
 use super::policy::{Policy, PolicyConfig, Step};
 use super::policy_wire::{self, Decision, Said, Socket};
 use super::recover::recover_domain;
+use super::restart::{Look, Restart};
 use super::xl::Xl;
 use super::DomainFacts;
 use crate::clock::now_ns;
 use crate::image::{host_key, MemberHandle, MemberWriter, MemoryShare, Name, WriterOptions};
 use crate::net::{self, Stopped as NetStopped, Watched};
 use crate::sentence::sentence;
-use crate::stream::{Ingest, Page, PageType, Place, Sink, XcHeader};
+use crate::stream::{Ingest, Page, PageType, Place, Sink, XcHeader, PAGE_SIZE};
 
 /// As much as an unprivileged pipe may hold: the helper rarely waits for us.
 const PIPE_BYTES: usize = 1 << 20;
+/// And at the cut, so that a guest doesn't wait for us either: the last pages, up to
+/// this.
+const LAST_PIPE_BYTES_MAX: usize = 32 << 20;
 
 /// For how many last pages memory is made ready: 64 MiB.
 const READY_PAGES_MAX: u64 = 16_384;
@@ -209,75 +212,91 @@ fn capture(
         writer: writer.handle(),
         done_ns: Arc::default(),
     };
-    let sink = Observed {
-        writer,
-        pages_done_ns: Arc::clone(&last_pages.done_ns),
-        orders: Arc::clone(orders),
-    };
     let watched = Arc::new(Mutex::new(watched));
-    let reader = spawn_reader(stream_out, sink);
+    let look = Arc::new(Look::default());
+    let restart = Restart::new(xl, facts, orders, (&look, &watched), disks);
     let monitors = Arc::new(Monitors::find(&facts.name));
     let asked = Arc::new(AtomicBool::new(false));
+    let wide = stream_in.try_clone().map_err(|error| sentence(&error))?;
     let asker = Asker {
         monitors: Arc::clone(&monitors),
         socket: helper.socket,
         policy: Policy::new(policy),
         orders: Arc::clone(orders),
         last_pages: last_pages.clone(),
+        stream: Some(wide),
         engine: engine.try_clone().map_err(|error| sentence(&error))?,
         times: CutTimes::default(),
         asked: Arc::clone(&asked),
         stopped: false,
         rendezvous: helper.rendezvous,
         watched: Arc::clone(&watched),
+        look: Arc::clone(&look),
         at_stop: None,
     };
     let asker = std::thread::spawn(move || asker.serve());
-
-    let saved = xl.suspend_live(facts.domid, stream_in.as_fd());
-    let saved_ns = now_ns();
-    let asked = asked.load(Ordering::Acquire);
-    // The engine has them captured since it knows that the guest has stopped: here no
-    // other process may be started while libxl works.
-    let captured = match disks && saved.is_ok() {
-        true => orders.wait_for_disks(),
-        false => Ok(()),
+    let sink = Observed {
+        writer,
+        pages_done_ns: Arc::clone(&last_pages.done_ns),
+        orders: Arc::clone(orders),
+        restart: &restart,
     };
-    let disks_ns = now_ns();
-    // The last moment at which all that it has sent was sent before its cut.
-    let sent = watched
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .sent();
-    let resumed = run_again(xl, facts, saved.is_ok(), asked);
-    let resumed_ns = now_ns();
-    monitors.let_go();
 
-    // Both threads end with what they read from: the stream, the helper.
-    drop(stream_in);
-    drop(helper.end);
-    let asked = join(asker);
-    let read = join(reader);
+    let (saved, restarted, read) = std::thread::scope(|scope| {
+        let reader = scope.spawn(move || read_stream(stream_out, sink));
+        let saved = xl.suspend_live(facts.domid, stream_in.as_fd());
+        let restarted = match &saved {
+            Ok(()) => Ok(restart.saved()),
+            // The helper may have died between asking the guest and stopping it.
+            Err(_) => Err(recover_domain(
+                xl,
+                facts.domid,
+                &facts.uuid,
+                asked.load(Ordering::Acquire),
+            )),
+        };
+        monitors.let_go();
+        // Both threads end with what they read from: the stream, the helper.
+        drop(stream_in);
+        drop(helper.end);
+        (saved, restarted, join(reader.join()))
+    });
+    let asker = join(asker.join());
 
-    resumed?;
+    let resumed = match &restarted {
+        Ok(restarted) => restarted.resumed.as_ref(),
+        Err(recovered) => recovered.as_ref(),
+    };
+    resumed.map_err(|error| {
+        format!(
+            "{}: IT MAY STILL BE SUSPENDED, see 'xl list': {error}",
+            facts.name
+        )
+    })?;
     // The reader's own failure is the cause of libxl's.
     let (writer, stream_bytes) = read?;
-    let asker = asked?;
-    if let Err(error) = saved {
-        return Err(if orders.now() == Order::Abort {
-            format!("{}: called off", facts.name)
-        } else {
-            format!("{}: {error}", facts.name)
-        });
-    }
+    let asker = asker?;
+    let restarted = match (saved, restarted) {
+        (Ok(()), Ok(restarted)) => restarted,
+        _ if orders.now() == Order::Abort => return Err(format!("{}: called off", facts.name)),
+        (Err(error), _) => return Err(format!("{}: {error}", facts.name)),
+        (Ok(()), Err(_)) => return Err(format!("{}: it wasn't resumed", facts.name)),
+    };
     if !asker.stopped {
         return Err(format!("{}: saved without a suspend", facts.name));
     }
+    if !restarted.looked {
+        return Err(format!(
+            "{}: what it had sent by its cut couldn't be counted in time (is dom0 very busy?)",
+            facts.name
+        ));
+    }
+    let captured = restarted.captured;
     captured.map_err(|why| format!("{}: {why}", facts.name))?;
     let network = |error| format!("{}: {}", facts.name, sentence(&error));
     let counted = asker.at_stop.transpose().map_err(network)?;
     let counted = counted.map_or(0, |stopped| stopped.sent);
-    let uncounted = sent.map_err(network)?.saturating_sub(counted);
+    let uncounted = restarted.sent.map_err(network)?.saturating_sub(counted);
     if uncounted > 0 {
         return Err(format!(
             "{}: {uncounted} frames that it had sent before its cut came too late to be recorded \
@@ -288,29 +307,13 @@ fn capture(
     let times = CutTimes {
         pages_done_ns: last_pages.done_ns.load(Ordering::Relaxed),
         final_pages: last_pages.writer.pages_final(),
-        saved_ns,
-        disks_ns: if disks { disks_ns } else { saved_ns },
-        resumed_ns,
+        saved_ns: restarted.saved_ns,
+        disks_ns: restarted.disks_ns,
+        resumed_ns: restarted.resumed_ns,
         stream_bytes,
         ..asker.times
     };
     Ok((times, writer))
-}
-
-/// The guest runs when this returns, or there is an error to shout about.
-fn run_again(xl: &Xl, facts: &DomainFacts, saved: bool, asked: bool) -> Result<(), String> {
-    let result = if saved {
-        xl.resume(facts.domid)
-    } else {
-        // The helper may have died between asking the guest and stopping it.
-        recover_domain(xl, facts.domid, &facts.uuid, asked)
-    };
-    result.map_err(|error| {
-        format!(
-            "{}: IT MAY STILL BE SUSPENDED, see 'xl list': {error}",
-            facts.name
-        )
-    })
 }
 
 fn stream_pipe() -> io::Result<(OwnedFd, OwnedFd)> {
@@ -336,10 +339,8 @@ fn set_helper_environment(helpers: &Helpers, helper: &ToHelper) {
     }
 }
 
-fn join<T>(thread: JoinHandle<Result<T, String>>) -> Result<T, String> {
-    thread
-        .join()
-        .unwrap_or_else(|_| Err(String::from("a thread of the worker panicked")))
+fn join<T>(joined: std::thread::Result<Result<T, String>>) -> Result<T, String> {
+    joined.unwrap_or_else(|_| Err(String::from("a thread of the worker panicked")))
 }
 
 /// What the threads share about the pages that are sent while the guest stands.
@@ -351,23 +352,19 @@ struct LastPages {
 }
 
 /// Reads the stream; what it comes to is the image, and how many bytes it was.
-fn spawn_reader(
-    stream: OwnedFd,
-    mut sink: Observed,
-) -> JoinHandle<Result<(MemberWriter, u64), String>> {
-    std::thread::spawn(move || {
-        let read = Ingest::new(std::fs::File::from(stream))
-            .run(&mut sink)
-            .map_err(|error| sentence(&error))?;
-        Ok((sink.writer, read.bytes))
-    })
+fn read_stream(stream: OwnedFd, mut sink: Observed<'_>) -> Result<(MemberWriter, u64), String> {
+    let read = Ingest::new(std::fs::File::from(stream))
+        .run(&mut sink)
+        .map_err(|error| sentence(&error))?;
+    Ok((sink.writer, read.bytes))
 }
 
 /// The image writer, with an eye on the clock and on the engine's orders.
-struct Observed {
+struct Observed<'a> {
     writer: MemberWriter,
     pages_done_ns: Arc<AtomicU64>,
     orders: Arc<Orders>,
+    restart: &'a Restart<'a>,
 }
 
 /// Why the reader stops before the stream's end. The helper then finds its
@@ -383,7 +380,7 @@ enum Stopped {
     CalledOff,
 }
 
-impl Sink for Observed {
+impl Sink for Observed<'_> {
     type Error = Stopped;
 
     fn xl_header(&mut self, legacy: bool) -> Result<(), Self::Error> {
@@ -423,6 +420,11 @@ impl Sink for Observed {
         Ok(self.writer.verify_page(pfn, page_type, data)?)
     }
 
+    fn xc_end(&mut self) -> Result<(), Self::Error> {
+        self.restart.stream_over();
+        Ok(())
+    }
+
     fn end(&mut self) -> Result<(), Self::Error> {
         Ok(self.writer.end()?)
     }
@@ -435,6 +437,9 @@ struct Asker {
     policy: Policy,
     orders: Arc<Orders>,
     last_pages: LastPages,
+    /// The stream's pipe until it's made larger. The reader waits until this is closed
+    /// as well.
+    stream: Option<OwnedFd>,
     engine: UnixStream,
     times: CutTimes,
     /// The guest may have been asked to suspend.
@@ -443,6 +448,7 @@ struct Asker {
     /// Where members meet at the cut, until the helper has it.
     rendezvous: Option<OwnedFd>,
     watched: Arc<Mutex<Watched>>,
+    look: Arc<Look>,
     /// Its network when it had stopped.
     at_stop: Option<Result<NetStopped, net::Error>>,
 }
@@ -467,7 +473,10 @@ impl Asker {
         loop {
             let message = match self.socket.receive() {
                 Ok(Some(message)) => message,
-                Ok(None) => return Ok(self),
+                Ok(None) => {
+                    self.stream = None;
+                    return Ok(self);
+                }
                 Err(error) => return Err(format!("the save helper's socket: {error}")),
             };
             match message.said {
@@ -493,6 +502,7 @@ impl Asker {
                     self.stopped = stopped;
                     if stopped {
                         self.look_at_stop();
+                        self.look.done();
                     }
                 }
                 Said::Saved { failed_errno } => {
@@ -502,6 +512,21 @@ impl Asker {
                     }
                 }
             }
+        }
+    }
+
+    /// Has the stream's pipe hold the last pages, of which there were `pages` in the
+    /// last round.
+    fn widen(&mut self, pages: u64) {
+        let Some(stream) = self.stream.take() else {
+            return;
+        };
+        let bytes = usize::try_from(pages).unwrap_or(usize::MAX);
+        let bytes = bytes.saturating_mul(2 * PAGE_SIZE);
+        let bytes = bytes.clamp(PIPE_BYTES, LAST_PIPE_BYTES_MAX);
+        if let Err(error) = rustix::pipe::fcntl_setpipe_size(&stream, bytes) {
+            // Slower, not wrong.
+            log::debug!("cannot enlarge the stream's pipe: {error}");
         }
     }
 
@@ -551,6 +576,7 @@ impl Asker {
             Step::Continue | Step::Near => self.orders.now(),
         };
         if order == Order::Approach && step == Step::Near {
+            self.widen(round.map_or(0, |round| round.pages));
             if messages::send(&self.engine, &Event::Near).is_err() {
                 return Decision::Abort;
             }

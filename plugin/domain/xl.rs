@@ -85,6 +85,11 @@ pub struct Xl {
     ctx: *mut sys::libxl_ctx,
 }
 
+// SAFETY: libxl locks its context in each call, and lets go of it while a synchronous
+// one waits, so that threads may make their calls beside each other (libxl.h,
+// libxl_event.h). Nothing else is in here.
+unsafe impl Sync for Xl {}
+
 impl Xl {
     /// Takes the context of the host table.
     ///

@@ -191,7 +191,7 @@ impl<R: Read> Ingest<R> {
             self.read_body(Level::Xc, &header)?;
             rules.check(header.record_type, &self.body).map_err(wrong)?;
             match class {
-                Class::End => return Ok(()),
+                Class::End => return sink.xc_end().map_err(IngestError::Sink),
                 Class::Verify => verifying = true,
                 Class::Keep | Class::Pages => sink
                     .record(place, header.record_type, &self.body)

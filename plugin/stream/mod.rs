@@ -15,7 +15,7 @@
 //!                records …                               Sink::record(Place::XcBefore)
 //!                PAGE_DATA, PAGE_DATA, …                 Sink::page
 //!                records …                               Sink::record(Place::XcAfter)
-//!                END
+//!                END                                     Sink::xc_end
 //!                records …                               Sink::record(Place::XlAfter)
 //!                END                                     Sink::end
 //! ```
@@ -93,7 +93,7 @@ impl Place {
 ///
 /// Contract: `xl_header` comes first and once; then records at
 /// [`Place::XlBefore`]; then `xc_header`, once; then records and pages of the
-/// libxc stream; then records at [`Place::XlAfter`]; then `end`, once. After an
+/// libxc stream; then `xc_end`; then records at [`Place::XlAfter`]; then `end`, once. After an
 /// error no further call is made. A page may come any number of times, and only
 /// its last version counts.
 ///
@@ -132,6 +132,11 @@ pub trait Sink {
         _page_type: PageType,
         _data: Option<&Page>,
     ) -> Result<(), Self::Error> {
+        Ok(())
+    }
+
+    /// The libxc stream is over: all of a PV or PVH guest has come.
+    fn xc_end(&mut self) -> Result<(), Self::Error> {
         Ok(())
     }
 
