@@ -17,6 +17,11 @@ use super::{Page, Place, Sink, PAGE_SIZE};
 /// lies about its length costs no more memory than the bytes that really come.
 const BODY_STEP_BYTES: usize = 1 << 20;
 
+/// Pages that are read at once. Few, so that a processor still has them in its cache
+/// when the sink takes them, and so that the sink works while the save helper
+/// maps and writes the next ones.
+const CHUNK_PAGES: usize = 32;
+
 /// What went through an [`Ingest`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Summary {
@@ -35,16 +40,16 @@ pub struct Summary {
 /// Reads one libxl stream from a blocking source, usually the pipe that libxl's
 /// save helper writes into.
 ///
-/// A PAGE_DATA record (up to 4 MiB) is read in one piece into a buffer that is
-/// used again for the next one; nothing is allocated per page.
+/// A PAGE_DATA record is checked as soon as its list of pages has come, and its pages
+/// are handed on while further ones are still being written; nothing is allocated per
+/// page.
 #[derive(Debug)]
 pub struct Ingest<R> {
     input: Input<R>,
-    /// Begins with the body of the PAGE_DATA record at hand. Allocated once at
-    /// its largest; what is never touched costs no memory.
-    batch: Vec<u8>,
-    /// The length of that body.
-    batch_bytes: usize,
+    /// The list of pages of the PAGE_DATA record at hand.
+    entries: Vec<u8>,
+    /// Some of its pages.
+    chunk: Box<[Page; CHUNK_PAGES]>,
     /// The body of any other record at hand.
     body: Vec<u8>,
     summary: Summary,
@@ -61,8 +66,8 @@ impl<R: Read> Ingest<R> {
     pub fn new(source: R) -> Self {
         Ingest {
             input: Input::new(source),
-            batch: vec![0; PAGE_DATA_BYTES_MAX],
-            batch_bytes: 0,
+            entries: Vec::new(),
+            chunk: Box::new([[0; PAGE_SIZE]; CHUNK_PAGES]),
             body: Vec::new(),
             summary: Summary::default(),
         }
@@ -178,9 +183,9 @@ impl<R: Read> Ingest<R> {
             let wrong = |problem: String| header.wrong(Level::Xc, problem);
             let class = rules.admit(header.record_type).map_err(wrong)?;
             if class == Class::Pages {
-                self.read_pages(&header)?;
-                self.report_pages(verifying, sink)
-                    .map_err(IngestError::Sink)?;
+                let data_pages = self.read_entries(&header)?;
+                self.pass_pages(data_pages, verifying, sink)?;
+                self.skip_padding(header.length)?;
                 continue;
             }
             let place = if rules.seen_pages() {
@@ -312,12 +317,9 @@ impl<R: Read> Ingest<R> {
         self.input.exact(pad, "a record's padding")
     }
 
-    fn batch(&self) -> &[u8] {
-        self.batch.get(..self.batch_bytes).unwrap_or_default()
-    }
-
-    /// Reads a PAGE_DATA body into `self.batch` and checks it.
-    fn read_pages(&mut self, header: &Header) -> Result<(), Error> {
+    /// Reads a PAGE_DATA body up to the contents of its pages, and checks it; returns
+    /// how many pages have any.
+    fn read_entries(&mut self, header: &Header) -> Result<usize, Error> {
         let wrong = |problem: String| header.wrong(Level::Xc, problem);
         if header.length > PAGE_DATA_BYTES_MAX {
             return Err(wrong(format!(
@@ -325,13 +327,27 @@ impl<R: Read> Ingest<R> {
                 header.length
             )));
         }
-        self.batch_bytes = header.length;
-        let body = self.batch.get_mut(..header.length).unwrap_or_default();
-        self.input.exact(body, "PAGE_DATA")?;
-        self.skip_padding(header.length)?;
-        let (entries, data) = split_batch(self.batch()).map_err(wrong)?;
+        let Some(rest) = header.length.checked_sub(PAGE_DATA_HEADER_BYTES) else {
+            return Err(wrong(format!("it is only {} bytes long", header.length)));
+        };
+        let mut front = [0; PAGE_DATA_HEADER_BYTES];
+        self.input.exact(&mut front, "PAGE_DATA")?;
+        let count = u64::from_le_bytes(front) as u32 as usize;
+        if count == 0 {
+            return Err(wrong("it has no entries".to_owned()));
+        }
+        // No overflow: count is below 2^32, and a body that long can't be here.
+        let length = count.saturating_mul(8);
+        let Some(data_bytes) = rest.checked_sub(length) else {
+            return Err(wrong(format!(
+                "it claims {count} entries and is only {} bytes long",
+                header.length
+            )));
+        };
+        self.entries.resize(length, 0);
+        self.input.exact(&mut self.entries, "PAGE_DATA")?;
         let mut with_data = 0;
-        for entry in entries.chunks_exact(8).map(number) {
+        for entry in self.entries.chunks_exact(8).map(number) {
             let (pfn, page_type) = decode_entry(entry);
             match page_type {
                 Some(page_type) => with_data += usize::from(page_type.has_data()),
@@ -343,42 +359,49 @@ impl<R: Read> Ingest<R> {
                 }
             }
         }
-        if data.len() != with_data * PAGE_SIZE {
+        if data_bytes != with_data * PAGE_SIZE {
             return Err(wrong(format!(
-                "it has {} bytes of page contents, where its page types ask for {}",
-                data.len(),
+                "it has {data_bytes} bytes of page contents, where its page types ask for {}",
                 with_data * PAGE_SIZE
             )));
         }
         self.summary.page_records += 1;
-        Ok(())
+        Ok(with_data)
     }
 
-    /// Hands the entries of `self.batch`, already checked, to the sink.
-    fn report_pages<S: Sink>(&mut self, verifying: bool, sink: &mut S) -> Result<(), S::Error> {
-        let batch = self.batch.get(..self.batch_bytes).unwrap_or_default();
-        let Ok((entries, mut data)) = split_batch(batch) else {
-            return Ok(()); // read_pages saw to it
-        };
-        for entry in entries.chunks_exact(8).map(number) {
+    /// Hands the entries of a PAGE_DATA record, already checked, to the sink, with the
+    /// contents of `left` of them that come now.
+    fn pass_pages<S: Sink>(
+        &mut self,
+        mut left: usize,
+        verifying: bool,
+        sink: &mut S,
+    ) -> Result<(), IngestError<S::Error>> {
+        let mut pages: std::slice::Iter<'_, Page> = [].iter();
+        for entry in self.entries.chunks_exact(8).map(number) {
             let (pfn, Some(page_type)) = decode_entry(entry) else {
-                continue; // likewise
+                continue; // read_entries saw to it
             };
-            let mut page: Option<&Page> = None;
+            let mut page = None;
             if page_type.has_data() {
-                if let Some((first, rest)) = data.split_first_chunk::<PAGE_SIZE>() {
-                    page = Some(first);
-                    data = rest;
+                if pages.as_slice().is_empty() {
+                    let count = left.min(CHUNK_PAGES);
+                    left -= count;
+                    let chunk = self.chunk.get_mut(..count).unwrap_or_default();
+                    self.input.exact(chunk.as_flattened_mut(), "PAGE_DATA")?;
+                    pages = chunk.iter();
                 }
+                page = pages.next();
             }
-            if verifying {
+            let passed = if verifying {
                 self.summary.pages_verified += 1;
-                sink.verify_page(pfn, page_type, page)?;
+                sink.verify_page(pfn, page_type, page)
             } else {
                 self.summary.pages += 1;
                 self.summary.pages_with_data += u64::from(page.is_some());
-                sink.page(pfn, page_type, page)?;
-            }
+                sink.page(pfn, page_type, page)
+            };
+            passed.map_err(IngestError::Sink)?;
         }
         Ok(())
     }
@@ -393,26 +416,6 @@ impl Header {
             problem: problem.into(),
         }
     }
-}
-
-/// A PAGE_DATA body's list of entries (8 bytes each) and its page contents.
-fn split_batch(body: &[u8]) -> Result<(&[u8], &[u8]), String> {
-    let too_short = || format!("it is only {} bytes long", body.len());
-    let (header, rest) = body
-        .split_first_chunk::<PAGE_DATA_HEADER_BYTES>()
-        .ok_or_else(too_short)?;
-    let count = u64::from_le_bytes(*header) as u32 as usize;
-    if count == 0 {
-        return Err("it has no entries".to_owned());
-    }
-    // No overflow: count is below 2^32, and a body that long can't be here.
-    let length = count.saturating_mul(8);
-    rest.split_at_checked(length).ok_or_else(|| {
-        format!(
-            "it claims {count} entries and is only {} bytes long",
-            body.len()
-        )
-    })
 }
 
 fn number(chunk: &[u8]) -> u64 {
