@@ -103,10 +103,12 @@ fn longest_ms(vne: &Vne, guest: &str, command: &str, watched: bool) -> Result<f6
         false => String::from("sleep 600"),
     };
     let script = format!(
-        "vif=vif$(xl domid {guest}).0; rm -f /tmp/pause.pcap; \
+        "vif=vif$(xl domid {guest}).0; rm -f /tmp/pause.pcap /tmp/pause.err; \
          tcpdump -Z root -i $vif -n -s 64 -w /tmp/pause.pcap udp port {PORT} 2>/tmp/pause.err & \
          dump=$!; {watch} > /tmp/pause.still & watch=$!; \
-         sleep 1; set -o pipefail; {{ {command}; }} > /tmp/pause.out 2>>/tmp/pause.err; \
+         until grep -qs 'listening on' /tmp/pause.err; do \
+         kill -0 $dump || exit 1; sleep 0.1; done; \
+         sleep 0.5; set -o pipefail; {{ {command}; }} > /tmp/pause.out 2>>/tmp/pause.err; \
          status=$?; sleep 0.7; kill $watch; kill -INT $dump; wait $dump; \
          test $status = 0 || cat /tmp/pause.out /tmp/pause.err >&2; exit $status"
     );
