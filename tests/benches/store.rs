@@ -140,6 +140,7 @@ fn take(store: &Store, stream: &Path) -> Result<MemberStats> {
     Ok(stats)
 }
 
+/// Into a new file, as to empty an old one takes its time.
 fn restore(store: &Store, nth: usize, to: &Path) -> Result<u64> {
     let listing = store.catalogue().list(None)?;
     let manifest = listing.snapshots.get(nth).ok_or("no such snapshot")?;
@@ -219,8 +220,10 @@ fn round(dir: &Path, first: &Path, second: &Path, figures: &mut Figures) -> Resu
     let unzstd = ["zstd", "-d", "-q", "-c"];
     let unzstd = timed("zstd -d > file", || program(&unzstd, &zst, &out))?;
     same(first, &out)?;
+    std::fs::remove_file(&out)?;
     let back = timed("restore > file", || restore(&store, 0, &out))?;
     same(first, &out)?;
+    std::fs::remove_file(&out)?;
     let back_more = timed("restore, 5% changed > file", || restore(&store, 1, &out))?;
     same(second, &out)?;
     for file in [zst, out] {
