@@ -19,6 +19,11 @@ const WORKER: &str = "works";
 const PARTNER: &str = "partner";
 /// How long the work is counted for, in s.
 const COUNTED_S: u32 = 6;
+/// The first round's pages are packed within so many seconds after it. Until then
+/// a guest loses processors to that, and not to hovering.
+const PACKED_S: u32 = 40;
+/// A worker that takes less of a second, in hundredths, packs nothing.
+const IDLE_TICKS: u32 = 20;
 
 /// A workload, and where its counter is.
 struct Work {
@@ -85,7 +90,8 @@ pub fn run(vne: &Vne, scale: &Scale, book: &mut Book) -> Result<()> {
 }
 
 /// Lines of the guest's counters: two without a take, one when its pre-copy begins
-/// and one when all memory was sent once, two while it hovers.
+/// and one when all memory was sent once, two while it hovers and its first pages are
+/// packed.
 fn script() -> String {
     let ask = "vne-guest ask 10.77.1.60";
     format!(
@@ -101,7 +107,11 @@ kill -STOP $worker
 {ask}
 said '{WORKER}: .*round 0'
 {ask}
-sleep 3
+packer=$(pgrep -f '[v]ne-worker capture -- {WORKER}')
+used() {{ read -r all </proc/$packer/stat; set -- ${{all##*) }}; echo $((${{12}} + ${{13}})); }}
+for i in $(seq {PACKED_S}); do
+    before=$(used); sleep 1; test $(($(used) - before)) -lt {IDLE_TICKS} && break
+done
 {ask}; sleep {COUNTED_S}; {ask}
 kill -CONT $worker
 wait $take || {{ cat /tmp/hover.err >&2; exit 1; }}"
