@@ -166,7 +166,8 @@ impl Policy {
                 _ => per_page_ns.min(self.per_page_ns),
             };
         }
-        if round.iteration > 0 {
+        // How an approach goes changes nothing about a member's having converged.
+        if round.iteration > 0 && self.approach.is_none() {
             // While rounds still shrink a lot, the next one costs little and makes
             // the downtime shorter; a member that has once converged only has to
             // stay within the aim.
@@ -321,6 +322,15 @@ mod tests {
         let mut policy = hovering(&mut now, 1);
         policy.approach();
         assert_eq!(round(&mut policy, &mut now, 3, 100), Step::Near);
+    }
+
+    #[test]
+    fn stays_converged_however_its_approach_goes() {
+        let mut now = 0;
+        let mut policy = hovering(&mut now, 1);
+        policy.approach();
+        round(&mut policy, &mut now, 3, 20_000);
+        assert!(policy.converged());
     }
 
     #[test]
