@@ -1,5 +1,6 @@
 //! The engine's orders to a worker, as its threads see them.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -27,6 +28,8 @@ pub(super) enum Order {
 pub(super) struct Orders {
     last: Mutex<Order>,
     changed: Condvar,
+    /// libxl's call is over, so that nobody waits for an answer any more.
+    over: AtomicBool,
     /// Why the disks couldn't be captured.
     disks_failed: Mutex<Option<String>>,
 }
@@ -37,6 +40,7 @@ impl Orders {
         Self {
             last: Mutex::new(Order::Precopy),
             changed: Condvar::new(),
+            over: AtomicBool::new(false),
             disks_failed: Mutex::default(),
         }
     }
@@ -58,12 +62,20 @@ impl Orders {
         *self.lock()
     }
 
-    /// Waits until there is another order than `order`, or until the time.
+    /// Ends all waiting in [`Orders::wait_past`].
+    pub(super) fn call_over(&self) {
+        let _last = self.lock();
+        self.over.store(true, Ordering::Release);
+        self.changed.notify_all();
+    }
+
+    /// Waits until there is another order than `order`, until the time, or until
+    /// [`Orders::call_over`].
     pub(super) fn wait_past(&self, order: Order, until_ns: u64) -> Order {
         let mut last = self.lock();
         loop {
             let left = until_ns.saturating_sub(now_ns());
-            if *last != order || left == 0 {
+            if *last != order || left == 0 || self.over.load(Ordering::Acquire) {
                 return *last;
             }
             let waited = self.changed.wait_timeout(last, Duration::from_nanos(left));
@@ -150,6 +162,16 @@ mod tests {
         // What comes later changes nothing.
         orders.disks(Order::Disks, failed());
         assert_eq!(orders.now(), Order::Abort);
+    }
+
+    #[test]
+    fn nobody_waits_on_when_the_helper_was_killed() {
+        let orders = Orders::new();
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| orders.wait_past(Order::Precopy, u64::MAX));
+            orders.call_over();
+            assert!(waiting.join().is_ok_and(|order| order == Order::Precopy));
+        });
     }
 
     #[test]

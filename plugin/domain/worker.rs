@@ -245,6 +245,8 @@ fn capture(
     let (saved, restarted, read) = std::thread::scope(|scope| {
         let reader = scope.spawn(move || read_stream(stream_out, sink));
         let saved = xl.suspend_live(facts.domid, stream_in.as_fd());
+        // The helper may have been killed while the asker hovers for it.
+        orders.call_over();
         let restarted = match &saved {
             Ok(()) => Ok(restart.saved()),
             // The helper may have died between asking the guest and stopping it.

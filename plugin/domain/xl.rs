@@ -86,8 +86,8 @@ pub struct Xl {
 }
 
 // SAFETY: libxl locks its context in each call, and lets go of it while a synchronous
-// one waits, so that threads may make their calls beside each other (libxl.h,
-// libxl_event.h). Nothing else is in here.
+// one waits: libxl.h says that it is threadsafe, and so threads may make calls beside
+// each other. Nothing else is in here.
 unsafe impl Sync for Xl {}
 
 impl Xl {
