@@ -35,7 +35,7 @@ use crate::stream::{Ingest, Page, PageType, Place, Sink, XcHeader, PAGE_SIZE};
 /// As much as an unprivileged pipe may hold: the helper rarely waits for us.
 const PIPE_BYTES: usize = 1 << 20;
 /// And at the cut, so that a guest doesn't wait for us either: the last pages, up to
-/// this.
+/// this. Not where memory is limited, as what is in a pipe takes some as well.
 const LAST_PIPE_BYTES_MAX: usize = 32 << 20;
 
 /// For how many last pages memory is made ready: 64 MiB.
@@ -128,6 +128,7 @@ fn prepare_and_capture(
         socket,
         end,
         rendezvous: take_rendezvous().map_err(|error| sentence(&error))?,
+        wide: memory_bytes.is_none(),
     };
     set_helper_environment(helpers, &helper);
     let orders = Arc::new(Orders::new());
@@ -195,6 +196,8 @@ struct ToHelper {
     end: OwnedFd,
     /// What it meets the others by, to inherit.
     rendezvous: Option<OwnedFd>,
+    /// Whether the stream's pipe may become large.
+    wide: bool,
 }
 
 /// Saves the domain live and sets it running again.
@@ -217,14 +220,17 @@ fn capture(
     let restart = Restart::new(xl, facts, orders, (&look, &watched), disks);
     let monitors = Arc::new(Monitors::find(&facts.name));
     let asked = Arc::new(AtomicBool::new(false));
-    let wide = stream_in.try_clone().map_err(|error| sentence(&error))?;
+    let wide = match helper.wide {
+        true => Some(stream_in.try_clone().map_err(|error| sentence(&error))?),
+        false => None,
+    };
     let asker = Asker {
         monitors: Arc::clone(&monitors),
         socket: helper.socket,
         policy: Policy::new(policy),
         orders: Arc::clone(orders),
         last_pages: last_pages.clone(),
-        stream: Some(wide),
+        stream: wide,
         engine: engine.try_clone().map_err(|error| sentence(&error))?,
         times: CutTimes::default(),
         asked: Arc::clone(&asked),
@@ -439,7 +445,7 @@ struct Asker {
     policy: Policy,
     orders: Arc<Orders>,
     last_pages: LastPages,
-    /// The stream's pipe until it's made larger. The reader waits until this is closed
+    /// The stream's pipe until it's made larger, if it may be. The reader waits until this is closed
     /// as well.
     stream: Option<OwnedFd>,
     engine: UnixStream,
