@@ -56,7 +56,7 @@ const SMALL: f64 = 0.1;
 /// A round that has more than this part of the last one's pages has settled:
 /// the guest dirties as fast as rounds follow each other.
 const SHRINKS: f64 = 0.7;
-/// A hovering member waits this many times as long as a look and its round take.
+/// A hovering member waits this many times as long as the rounds of a look took.
 const HOVER_PER_ROUND: u64 = 9;
 /// Rounds of an approach, at most: each has fewer pages than the one before.
 const APPROACH_ROUNDS_MAX: u32 = 4;
@@ -98,6 +98,10 @@ pub struct Policy {
     per_page_ns: f64,
     last_pages: u64,
     converged: bool,
+    /// The last round was followed by a wait.
+    has_waited: bool,
+    /// How long rounds took since the last wait, in ns.
+    awake_ns: u64,
     /// Rounds left to the approach.
     approach: Option<u32>,
 }
@@ -111,6 +115,8 @@ impl Policy {
             per_page_ns: 0.0,
             last_pages: 0,
             converged: false,
+            has_waited: false,
+            awake_ns: 0,
             approach: None,
         }
     }
@@ -148,11 +154,15 @@ impl Policy {
         }
         let step = match (self.approach, round) {
             (Some(left), Some(round)) => self.step_nearer(left, round, before),
-            (None, Some(round)) if self.converged => Step::WaitUntil {
-                time_ns: now_ns.saturating_add(self.hover_ns(round)),
+            (None, Some(round)) if self.converged && self.is_within_aim(round) => Step::WaitUntil {
+                time_ns: now_ns.saturating_add(self.hover_ns()),
             },
             _ => Step::Continue,
         };
+        self.has_waited = matches!(step, Step::WaitUntil { .. });
+        if self.has_waited {
+            self.awake_ns = 0;
+        }
         (round, step)
     }
 
@@ -168,27 +178,42 @@ impl Policy {
         }
         // How an approach goes changes nothing about a member's having converged.
         if round.iteration > 0 && self.approach.is_none() {
-            // While rounds still shrink a lot, the next one costs little and makes
-            // the downtime shorter; a member that has once converged only has to
-            // stay within the aim.
-            let settled =
-                self.converged || self.is_small(round) || !shrinks(round, self.last_pages);
-            let aim_ns = self.config.last_copy_ns_max as f64;
-            self.converged = self.copy_ns(round) <= aim_ns && settled;
+            if !self.converged {
+                self.awake_ns = 0;
+            }
+            self.awake_ns = self.awake_ns.saturating_add(round.duration_ns);
+            self.converged = self.has_converged(round);
         }
         self.last_pages = round.pages;
+    }
+
+    fn has_converged(&self, round: Round) -> bool {
+        let shrinks = shrinks(round, self.last_pages);
+        if self.converged {
+            // What got dirty in a whole wait is more than a cut will find. The rounds
+            // that follow it back to back tell.
+            self.is_within_aim(round) || self.has_waited || shrinks
+        } else {
+            // While rounds still shrink a lot, the next one costs little and makes the
+            // downtime shorter.
+            self.is_within_aim(round) && (self.is_small(round) || !shrinks)
+        }
     }
 
     fn copy_ns(&self, round: Round) -> f64 {
         round.pages as f64 * self.per_page_ns
     }
 
+    fn is_within_aim(&self, round: Round) -> bool {
+        self.copy_ns(round) <= self.config.last_copy_ns_max as f64
+    }
+
     fn is_small(&self, round: Round) -> bool {
         self.copy_ns(round) <= self.config.last_copy_ns_max as f64 * SMALL
     }
 
-    fn hover_ns(&self, round: Round) -> u64 {
-        let share = round.duration_ns.saturating_mul(HOVER_PER_ROUND);
+    fn hover_ns(&self) -> u64 {
+        let share = self.awake_ns.saturating_mul(HOVER_PER_ROUND);
         share.clamp(self.config.hover_ns_min, self.config.hover_ns_max)
     }
 
@@ -254,8 +279,31 @@ mod tests {
             Step::WaitUntil { .. }
         ));
         assert!(policy.converged());
+        // Of a whole wait.
         assert_eq!(round(&mut policy, &mut now, 3, 20_000), Step::Continue);
+        assert!(policy.converged());
+        // And no less in the time of one round.
+        assert_eq!(round(&mut policy, &mut now, 4, 20_000), Step::Continue);
         assert!(!policy.converged());
+    }
+
+    #[test]
+    fn stays_converged_while_it_sends_what_got_dirty_in_a_wait() {
+        let mut now = 0;
+        let mut policy = hovering(&mut now, 100);
+        for (iteration, pages) in [(3, 20_000), (4, 10_000)] {
+            assert_eq!(
+                round(&mut policy, &mut now, iteration, pages),
+                Step::Continue
+            );
+            assert!(policy.converged());
+        }
+        // 340 ms of rounds altogether.
+        policy.round_begins(5, 4_000, now);
+        now += 40 * MS;
+        let time_ns = now + 9 * 340 * MS;
+        assert_eq!(policy.round_ends(now).1, Step::WaitUntil { time_ns });
+        assert!(policy.converged());
     }
 
     #[test]
