@@ -25,7 +25,10 @@ pub struct Count {
     pub corrupt: u64,
 }
 
-type Page = [u64; PAGE_WORDS];
+/// One of the machine's pages: a write to an unaligned one would dirty two.
+#[derive(Clone)]
+#[repr(C, align(4096))]
+struct Page([u64; PAGE_WORDS]);
 
 /// Starts the dirtying in a thread of its own.
 pub fn start(status: &Status, pages_per_s: u32, working_set_mib: u32) -> Arc<Mutex<Count>> {
@@ -47,7 +50,7 @@ pub fn start(status: &Status, pages_per_s: u32, working_set_mib: u32) -> Arc<Mut
 fn run(pages_per_s: u32, working_set_mib: u32, count: &Mutex<Count>) {
     let number = (working_set_mib as usize).max(1) * 256;
     // Written through at once, so that the whole set exists from the start.
-    let mut pages: Vec<Page> = vec![[1; PAGE_WORDS]; number];
+    let mut pages: Vec<Page> = vec![Page([1; PAGE_WORDS]); number];
     let mut generations = vec![0u32; number];
     for (index, page) in pages.iter_mut().enumerate() {
         write(page, index, 0);
@@ -93,7 +96,7 @@ fn stride(number: usize) -> usize {
 fn write(page: &mut Page, index: usize, generation: u32) {
     let mut value = ((index as u64) << 32 | u64::from(generation)) ^ 0x5851_f42d_4c95_7f2d;
     let mut sum = 0u64;
-    for (at, word) in page.iter_mut().enumerate() {
+    for (at, word) in page.0.iter_mut().enumerate() {
         *word = match at {
             0 => index as u64,
             1 => u64::from(generation),
@@ -110,6 +113,7 @@ fn write(page: &mut Page, index: usize, generation: u32) {
 }
 
 fn verify(page: &Page, index: usize, generation: u32, count: &Mutex<Count>) {
+    let Page(page) = page;
     let sum = page
         .iter()
         .take(PAGE_WORDS - 1)
@@ -144,7 +148,7 @@ mod tests {
     use super::*;
 
     fn corrupt(change: impl FnOnce(&mut Page)) -> u64 {
-        let mut page = [0; PAGE_WORDS];
+        let mut page = Page([0; PAGE_WORDS]);
         write(&mut page, 3, 9);
         change(&mut page);
         let count = Mutex::new(Count::default());
@@ -156,9 +160,15 @@ mod tests {
     #[test]
     fn a_flipped_bit_an_old_page_and_another_page_show() {
         assert_eq!(corrupt(|_| {}), 0);
-        assert_eq!(corrupt(|page| page[300] ^= 4), 1);
+        assert_eq!(corrupt(|page| page.0[300] ^= 4), 1);
         assert_eq!(corrupt(|page| write(page, 3, 8)), 1);
         assert_eq!(corrupt(|page| write(page, 4, 9)), 1);
+    }
+
+    #[test]
+    fn a_page_is_one_of_the_machines() {
+        assert_eq!(size_of::<Page>(), 4096);
+        assert_eq!(align_of::<Page>(), 4096);
     }
 
     #[test]
