@@ -12,6 +12,9 @@ const PORT: u16 = 9000;
 const ONE: &str = "one";
 /// Packets that a pause is looked for in, at least.
 const PACKETS_MIN: usize = 500;
+/// How long tcpdump goes on: it's handed packets once a second, and those that it
+/// wasn't handed when it ends are lost.
+const FLUSH_S: u32 = 2;
 
 /// A guest that sends a packet every millisecond.
 pub fn guest(name: &str) -> Guest {
@@ -108,11 +111,15 @@ fn longest_ms(vne: &Vne, guest: &str, command: &str, watched: bool) -> Result<f6
          dump=$!; {watch} > /tmp/pause.still & watch=$!; \
          until grep -qs 'listening on' /tmp/pause.err; do \
          kill -0 $dump || exit 1; sleep 0.1; done; \
-         sleep 0.5; set -o pipefail; {{ {command}; }} > /tmp/pause.out 2>>/tmp/pause.err; \
-         status=$?; sleep 0.7; kill $watch; kill -INT $dump; wait $dump; \
+         sleep 0.5; set -o pipefail; echo $EPOCHREALTIME; \
+         {{ {command}; }} > /tmp/pause.out 2>>/tmp/pause.err; \
+         status=$?; echo $EPOCHREALTIME; sleep {FLUSH_S}; \
+         kill $watch; kill -INT $dump; wait $dump; \
          test $status = 0 || cat /tmp/pause.out /tmp/pause.err >&2; exit $status"
     );
-    vne.sh(&script)?;
+    let ran = vne.sh(&script)?;
+    let ran: Result<Vec<f64>, _> = ran.lines().map(str::parse).collect();
+    let ran = ran.context("when it began and ended")?;
     let phases = vne.sh("cat /tmp/pause.out")?;
     let began = |phase: &str| {
         let mut lines = phases.lines().filter_map(|line| line.split_once(' '));
@@ -129,6 +136,9 @@ fn longest_ms(vne: &Vne, guest: &str, command: &str, watched: bool) -> Result<f6
         "only {} packets during {command}",
         times.len()
     );
+    // Else the pause may be one that has no end here.
+    let spanned = times.first() < ran.first() && times.last() > ran.last();
+    ensure!(spanned, "no packet before or after {command}");
     Ok(longest(&times, &cut) * 1e3)
 }
 
