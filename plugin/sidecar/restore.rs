@@ -32,6 +32,8 @@ use crate::sentence::sentence;
 use crate::stream;
 
 const LOOK_INTERVAL: Duration = Duration::from_millis(10);
+/// How many members are built at a time, at least: there is always one to go on with.
+const AT_ONCE_MIN: usize = 2;
 /// As much as goes into a pipe at once: between two such writes it's looked
 /// whether to go on.
 const WRITE_BYTES_MAX: usize = 64 << 10;
@@ -484,9 +486,13 @@ pub(super) enum Heard {
     Interrupted,
 }
 
-/// The processes that build the members, side by side.
+/// The processes that build the members, some at a time: stock xl has a lock that lets
+/// one of them build, so with many more there would only be more pages unpacked that
+/// wait for it.
 struct Builders<'a> {
     program: &'a Program,
+    /// How many are fed or build at a time.
+    at_once: usize,
     /// How long they may take to end when they're called off.
     patience: Duration,
     all: Vec<Builder>,
@@ -495,8 +501,10 @@ struct Builders<'a> {
 
 impl<'a> Builders<'a> {
     fn new(program: &'a Program, patience: Duration) -> Self {
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
         Self {
             program,
+            at_once: processors.max(AT_ONCE_MIN),
             patience,
             all: Vec::new(),
             called_off: Arc::default(),
@@ -515,9 +523,14 @@ impl<'a> Builders<'a> {
     where
         S: FnOnce(Pipe) -> Result<(), image::Error> + Send + 'static,
     {
-        let mut result = self.start(journal, members, &said);
+        let (names, sources): (Vec<_>, Vec<_>) = members.into_iter().unzip();
+        let mut sources = sources.into_iter();
+        let mut result = self.start(journal, &names);
         let mut ends_until = None;
         while self.all.iter().any(|builder| !builder.told) {
+            if result.is_ok() {
+                self.feed_next(&mut sources, &said);
+            }
             match heard.recv_timeout(LOOK_INTERVAL) {
                 Ok(Heard::Fed(index, fed)) => {
                     if let Some(builder) = self.all.get_mut(index) {
@@ -558,23 +571,27 @@ impl<'a> Builders<'a> {
 
     /// All are in the journal before the first one gets anything to build from:
     /// until then they end by themselves if this process is killed.
-    fn start<S>(
-        &mut self,
-        journal: &mut Journal,
-        members: Vec<(String, S)>,
-        said: &Sender<Heard>,
-    ) -> Result<(), Error>
-    where
-        S: FnOnce(Pipe) -> Result<(), image::Error> + Send + 'static,
-    {
-        for (name, _) in &members {
+    fn start(&mut self, journal: &mut Journal, names: &[String]) -> Result<(), Error> {
+        for name in names {
             let builder = Builder::start(self.program, name).map_err(Error::start("start xl"))?;
             self.all.push(builder);
         }
         let processes = self.all.iter().map(|b| journal_process(&b.child)).collect();
-        journal.update(|record| record.workers = processes)?;
-        for (index, (builder, (_, source))) in self.all.iter_mut().zip(members).enumerate() {
-            let Some(pipe) = builder.child.stdin.take() else {
+        Ok(journal.update(|record| record.workers = processes)?)
+    }
+
+    /// Begins to feed those that come next, if not enough are at work. `sources` are
+    /// those of builders that haven't been fed, in their order.
+    fn feed_next<S>(&mut self, sources: &mut std::vec::IntoIter<S>, said: &Sender<Heard>)
+    where
+        S: FnOnce(Pipe) -> Result<(), image::Error> + Send + 'static,
+    {
+        let first = self.all.len().saturating_sub(sources.len());
+        let fed = self.all.iter().take(first);
+        let at_work = fed.filter(|builder| !builder.told).count();
+        let next = self.all.iter_mut().enumerate().skip(first);
+        for (index, builder) in next.take(self.at_once.saturating_sub(at_work)) {
+            let (Some(source), Some(pipe)) = (sources.next(), builder.child.stdin.take()) else {
                 continue;
             };
             builder.fed = None;
@@ -585,7 +602,6 @@ impl<'a> Builders<'a> {
                 let _ = said.send(Heard::Fed(index, fed));
             });
         }
-        Ok(())
     }
 
     /// Ends their save files. Stock xl then destroys what it has half built.
@@ -724,8 +740,10 @@ mod tests {
 
     type TestResult<T = ()> = Result<T, Box<dyn std::error::Error>>;
 
-    /// What a program in place of xl builds, with two members, and a journal.
+    /// What a program in place of xl builds, with two members, two at a time, and a
+    /// journal.
     struct Lab {
+        members: Vec<String>,
         dir: tempfile::TempDir,
         program: Program,
         journal: Journal,
@@ -757,6 +775,7 @@ mod tests {
             assert!(made.success());
             let record = Record::of_restore(RestoreStage::Building);
             Ok(Self {
+                members: ["a", "b"].map(String::from).into(),
                 journal: Register::open(dir.path())?.enter(record)?,
                 program: Program { xl, verbosity: 0 },
                 dir,
@@ -764,7 +783,7 @@ mod tests {
             })
         }
 
-        /// Builds two members of so many MiB; `before` comes before the first byte.
+        /// Builds members of so many MiB; `before` comes before the first byte.
         fn build(
             &mut self,
             patience: Duration,
@@ -772,7 +791,7 @@ mod tests {
             before: impl Fn() + Clone + Send + 'static,
             interrupt: impl FnOnce(Sender<Heard>),
         ) -> TestResult<String> {
-            let member = |name: &str| {
+            let member = |name: &String| {
                 let before = before.clone();
                 let source = move |mut pipe: Pipe| {
                     before();
@@ -780,12 +799,13 @@ mod tests {
                     let _ = (0..mib).try_for_each(|_| pipe.write_all(&vec![7; 1 << 20]));
                     Ok(())
                 };
-                (name.to_owned(), source)
+                (name.clone(), source)
             };
-            let members = vec![member("a"), member("b")];
+            let members = self.members.iter().map(member).collect();
             let (said, heard) = mpsc::channel();
             interrupt(said.clone());
             let mut builders = Builders::new(&self.program, patience);
+            builders.at_once = 2;
             let result = builders.build(&mut self.journal, members, (said, heard), &mut self.built);
             assert!(builders.have_ended());
             Ok(result
@@ -827,6 +847,34 @@ mod tests {
         pids.sort_unstable();
         assert_eq!(known, pids);
         assert!(record.workers.iter().all(|worker| worker.start_ticks > 0));
+        Ok(())
+    }
+
+    #[test]
+    fn of_many_members_two_are_fed_at_a_time() -> TestResult {
+        let script = "head -c 1 >/dev/null; echo begins >>$dir/log; cat >/dev/null; \
+                      sleep 0.05; echo ends >>$dir/log";
+        let mut lab = Lab::new(script)?;
+        lab.members = (0..7).map(|member| format!("m{member}")).collect();
+        assert_eq!(lab.build(LONG, 1, || {}, drop)?, "");
+        let log = std::fs::read_to_string(lab.path().join("log"))?;
+        let mut at_work = 0;
+        let mut most = 0;
+        for line in log.lines() {
+            at_work += if line == "begins" { 1 } else { -1 };
+            most = most.max(at_work);
+        }
+        assert_eq!((log.lines().count(), at_work, most), (14, 0, 2));
+        assert_eq!(lab.built.len(), 7);
+        Ok(())
+    }
+
+    #[test]
+    fn one_that_fails_keeps_the_others_from_being_fed() -> TestResult {
+        let mut lab = Lab::new("head -c 1 >>$dir/fed; test ! -s $dir/fed")?;
+        lab.members = (0..7).map(|member| format!("m{member}")).collect();
+        assert!(lab.build(LONG, 1, || {}, drop)?.contains("status: 1"));
+        assert!(std::fs::read(lab.path().join("fed"))?.len() <= 2);
         Ok(())
     }
 
