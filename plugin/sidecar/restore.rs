@@ -34,9 +34,12 @@ use crate::stream;
 const LOOK_INTERVAL: Duration = Duration::from_millis(10);
 /// How many members are built at a time, at least: there is always one to go on with.
 const AT_ONCE_MIN: usize = 2;
+/// How large the pipe to a builder is: each time that it's full and empty again costs two
+/// switches from one process to another.
+const PIPE_BYTES: usize = 1 << 20;
 /// As much as goes into a pipe at once: between two such writes it's looked
 /// whether to go on.
-const WRITE_BYTES_MAX: usize = 64 << 10;
+const WRITE_BYTES_MAX: usize = PIPE_BYTES / 4;
 
 /// What to restore and how.
 #[derive(Debug)]
@@ -486,9 +489,10 @@ pub(super) enum Heard {
     Interrupted,
 }
 
-/// The processes that build the members, some at a time: stock xl has a lock that lets
-/// one of them build, so with many more there would only be more pages unpacked that
-/// wait for it.
+/// The processes that build the members, some at a time: with more than there are
+/// processors none is built sooner, and their hotplug scripts, which libxl gives 40 s,
+/// come to run all at once. With xl.conf's 'autoballoon' stock xl has a lock that lets
+/// one of them build.
 struct Builders<'a> {
     program: &'a Program,
     /// How many are fed or build at a time.
@@ -646,6 +650,11 @@ impl Builder {
             .stdin(Stdio::piped())
             .stderr(words.stdio(program)?)
             .spawn()?;
+        if let Some(pipe) = &child.stdin {
+            if let Err(error) = rustix::pipe::fcntl_setpipe_size(pipe, PIPE_BYTES) {
+                log::debug!("the pipe to xl restore of '{name}' stays small: {error}");
+            }
+        }
         Ok(Self {
             name: name.to_owned(),
             child,
