@@ -1,4 +1,5 @@
-//! Pages kept in memory while their guest is suspended.
+//! Pages kept in memory: those that change all the time, and while their guest is
+//! suspended all that come.
 
 use crate::stream::{Page, PAGE_SIZE};
 
@@ -47,6 +48,11 @@ impl HeldPages {
         }
     }
 
+    /// How many pages are held.
+    pub(crate) fn count(&self) -> usize {
+        self.slots.len() - self.free.len()
+    }
+
     /// The most pages that were ever held at once.
     pub(crate) fn peak(&self) -> usize {
         self.peak
@@ -63,7 +69,7 @@ impl HeldPages {
             }
             None => self.append(page, slot)?,
         };
-        self.peak = self.peak.max(self.slots.len() - self.free.len());
+        self.peak = self.peak.max(self.count());
         Some(number)
     }
 
@@ -143,7 +149,9 @@ mod tests {
         held.replace(second, &[5; PAGE_SIZE]);
         assert_eq!(held.get(third).unwrap(), (&[3; PAGE_SIZE], Some(4)));
         assert_eq!(held.get(second).unwrap(), (&[5; PAGE_SIZE], None));
-        assert_eq!(held.peak(), 2);
+        assert_eq!((held.count(), held.peak()), (2, 2));
+        held.release(third);
+        assert_eq!((held.count(), held.peak()), (1, 2));
     }
 
     #[test]

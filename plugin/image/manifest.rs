@@ -248,7 +248,8 @@ pub struct MemberStats {
     /// Pages that were written to disk while the guest was suspended, because
     /// the memory for them was used up. Should be 0.
     pub pages_spilled: u64,
-    /// The most pages that were kept in memory for a suspended guest.
+    /// The most pages that were kept in memory: while the guest was suspended, and those
+    /// that changed all the time before.
     pub pages_held_peak: u64,
     /// Pages that differed when the sender sent them again for verification.
     /// Pages that other domains write to (console, xenstore, network rings) may.

@@ -307,6 +307,21 @@ fn a_suspended_guest_does_not_wait_for_a_full_disk() {
 }
 
 #[test]
+fn pages_that_change_all_the_time_stay_in_memory() {
+    let lab = Lab::new();
+    let take = lab.store.begin(&name("lab")).unwrap();
+    let options = WriterOptions {
+        // A quarter of it while the guest runs.
+        held_bytes_max: 40 * PAGE_SIZE,
+        ..WriterOptions::default()
+    };
+    let writer = MemberWriter::create(take.dir(), &name("web-1"), &options).unwrap();
+    let round: Vec<Entry> = (0..30).map(|pfn| (pfn, 0, Some(page(pfn)))).collect();
+    let stats = lab.commit(take, writer, &testenc::pvh_stream(&vec![round; 4]));
+    assert_eq!((stats.pages_held_peak, stats.pages_spilled), (10, 0));
+}
+
+#[test]
 fn once_the_switch_returns_the_disk_is_not_touched() {
     let lab = Lab::new();
     let take = lab.store.begin(&name("lab")).unwrap();

@@ -36,11 +36,16 @@ const RECORDS_MAX: usize = 1 << 16;
 /// Pages that newer versions may replace.
 const STAGED_NAME: &str = "staged";
 
+/// Pages that are kept in memory while the guest runs, at most, 32 MiB; and what part of
+/// all that may be.
+const HOT_PAGES_MAX: usize = 8192;
+const HOT_SHARE: usize = 4;
+
 /// How a [`MemberWriter`] works.
 #[derive(Clone, Debug)]
 pub struct WriterOptions {
-    /// Bytes of pages to keep in memory while the guest is suspended, at most.
-    /// Beyond it pages go to the disk, and the guest waits for it.
+    /// Bytes of pages to keep in memory, at most. Beyond it pages go to the disk, and a
+    /// suspended guest waits for it. While the guest runs, a quarter of it at most.
     pub held_bytes_max: usize,
     /// Bytes that the hashes of the store's pages may take in memory, at most.
     /// Pages beyond are stored once more.
@@ -139,7 +144,9 @@ impl Shared {
 /// While the guest runs, the first version of each page goes to a packer, which
 /// works beside the stream. Later ones are staged in slots on disk, where a newer
 /// version overwrites the older one: most pages that change once change again, and
-/// would be compressed for nothing. After [`MemberHandle::enter_final`] pages stay
+/// would be compressed for nothing. Pages that then change once more are hot: they are
+/// kept in memory, which is what makes rounds fast that find the same pages again and
+/// again. After [`MemberHandle::enter_final`] pages stay
 /// in memory and the packer rests, so that a suspended guest never waits for a
 /// disk; [`MemberWriter::finish`], called when the guest runs again, packs them
 /// and everything else.
@@ -158,6 +165,8 @@ pub struct MemberWriter {
     prints: Vec<u32>,
     slots: SlotFile,
     held: HeldPages,
+    /// How many of these may be there before the last ones come.
+    hot_pages_max: usize,
     table: PageTable,
     handle: MemberHandle,
     stats: MemberStats,
@@ -221,6 +230,7 @@ impl MemberWriter {
             prints: Vec::new(),
             _lock: lock,
             held: HeldPages::new(options.held_bytes_max),
+            hot_pages_max: (options.held_bytes_max / HOT_SHARE / PAGE_SIZE).min(HOT_PAGES_MAX),
             table: PageTable::default(),
             handle: MemberHandle(Arc::new(shared)),
             stats: MemberStats::default(),
@@ -348,10 +358,12 @@ impl MemberWriter {
             }
             None => None,
         };
-        if last {
+        if last || slot.is_some() && self.held.count() < self.hot_pages_max {
             if let Some(number) = self.held.hold(page, slot) {
                 return self.note(pfn, page_type, Content::Held(number));
             }
+        }
+        if last {
             self.handle.0.pages_spilled.fetch_add(1, Ordering::Relaxed);
         }
         self.write_page(pfn, page_type, slot, page)
@@ -446,8 +458,9 @@ impl Sink for MemberWriter {
         let shared = Arc::clone(&self.handle.0);
         if !self.handle.is_final() {
             let expected = shared.pages_expected.load(Ordering::Relaxed);
+            let expected = usize::try_from(expected).unwrap_or(usize::MAX);
             self.held
-                .make_ready(usize::try_from(expected).unwrap_or(usize::MAX));
+                .make_ready(self.held.count().saturating_add(expected));
         }
         let disk = shared.lock_disk();
         let last = self.handle.is_final();
