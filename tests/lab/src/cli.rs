@@ -67,7 +67,7 @@ enum Verb {
     },
     /// Measure what the project claims: a table, targets and plots
     Bench {
-        /// Few repetitions, and only what the targets need: below 15 minutes
+        /// Few repetitions, only what the targets need, and none begun after 15 minutes
         #[arg(long)]
         quick: bool,
         /// Write all figures and the targets to this file
@@ -76,7 +76,7 @@ enum Verb {
         /// Write the plots to this folder; cargo's own, without this
         #[arg(long, value_name = "DIR")]
         plots: Option<PathBuf>,
-        /// Begin no further repetition after so many minutes
+        /// Begin no further repetition after so many minutes, also of a quick run
         #[arg(long, value_name = "N")]
         minutes: Option<u64>,
         /// Only these parts, separated by commas
@@ -312,7 +312,9 @@ pub fn run() -> Result<ExitCode> {
         } => crate::bench::run(&crate::bench::Request {
             scale: crate::bench::Scale {
                 quick,
-                until: minutes.map(|minutes| Instant::now() + Duration::from_secs(60 * minutes)),
+                until: minutes
+                    .or_else(|| quick.then_some(crate::bench::QUICK_MINUTES))
+                    .map(|minutes| Instant::now() + Duration::from_secs(60 * minutes)),
             },
             only,
             json,

@@ -21,6 +21,9 @@ use crate::lab::{self, Lab, Life, Shape};
 use crate::product;
 use figures::Book;
 
+/// When a quick run begins no further repetition, if nothing else is asked for.
+pub const QUICK_MINUTES: u64 = 15;
+
 /// How much is done.
 pub struct Scale {
     /// Few repetitions, and only what targets need.
